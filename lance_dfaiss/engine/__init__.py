@@ -1,0 +1,33 @@
+"""FAISS, behind one door: the only package that imports it.
+
+`factory` decides what may be built, `model` trains it, `encoder` fills shards, `files` writes and
+reads them, `segment` searches them. Nothing outside sees a FAISS object.
+"""
+
+from .encoder import ShardEncoder
+from .factory import Capability, capability_table, footprint, split_factory, validate_factory
+from .files import load_model, load_shard, save_model, save_shard
+from .model import Model, check_trainable, prepare, train_model, use_threads
+from .segment import CodeStage, Mask, Segment, merge_shards
+
+__all__ = [
+    "Capability",
+    "CodeStage",
+    "Mask",
+    "Model",
+    "Segment",
+    "ShardEncoder",
+    "capability_table",
+    "check_trainable",
+    "footprint",
+    "load_model",
+    "load_shard",
+    "merge_shards",
+    "prepare",
+    "save_model",
+    "save_shard",
+    "split_factory",
+    "train_model",
+    "use_threads",
+    "validate_factory",
+]

@@ -1,0 +1,149 @@
+"""Fill a clone of the model with the vectors of one shard, at their positions.
+
+IVF lists take explicit ids, so a skipped row simply leaves a gap. Flat codes, graphs and refine
+stores number rows themselves and get a filler there; searches mask it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import faiss
+import numpy as np
+
+from ..types import Float32Array, Int64Array
+from .factory import ivf_of, owned
+from .model import Model
+
+__all__ = ["ShardEncoder", "code_rows", "copy_index"]
+
+# Rows of each block that go into the shard's training error: a systematic sample of about 1.5 %.
+_ERROR_ROWS_PER_BLOCK = 64
+
+# Rows that fillers of a graph are copied from, in turn.
+_FILLER_ROWS = 1024
+
+
+class ShardEncoder:
+    """Encodes the rows of one shard, block after block, in order of position.
+
+    Parameters
+    ----------
+    model : Model
+        Trained, empty index; not changed.
+    physical_rows : int
+        Positions of the shard, skipped ones included.
+    """
+
+    def __init__(self, model: Model, physical_rows: int) -> None:
+        self.model = model
+        self.physical_rows = physical_rows
+        self.base = copy_index(model.base)
+        self.refine = None if model.refine is None else copy_index(model.refine)
+        self._family = model.capability.family
+        self._base_codes = _allocate_codes(self.base, physical_rows) if self._family == "flat" else None
+        self._refine_codes = None if self.refine is None else _allocate_codes(self.refine, physical_rows)
+        self._next_position = 0
+        self._filler: Float32Array = np.zeros((1, model.spec.dim), dtype=np.float32)
+        self._squared_error = 0.0
+        self._error_rows = 0
+        self.indexed_rows = 0
+
+    def add(self, positions: Int64Array, vectors: Float32Array) -> None:
+        """Encode one block.
+
+        Parameters
+        ----------
+        positions : numpy.ndarray
+            int64 ``(n,)``, increasing, after those of the block before.
+        vectors : numpy.ndarray
+            float32 ``(n, dim)``, prepared, every one usable.
+        """
+        if not len(positions):
+            return
+        if self._family == "ivf":
+            self.base.add_with_ids(vectors, positions)
+        elif self._family == "flat":
+            code_rows(self.base, self._base_codes, positions, vectors)
+        else:
+            self._add_to_graph(positions, vectors)
+        if self.refine is not None:
+            code_rows(self.refine, self._refine_codes, positions, vectors)
+        self.indexed_rows += len(positions)
+        self._measure(vectors)
+
+    def finish(self) -> None:
+        """Fill what is left after the last row; the shard can be written or searched now."""
+        if self._family == "hnsw":
+            self._fill_graph(self.physical_rows)
+
+    @property
+    def training_error(self) -> float | None:
+        """Mean squared distance of this shard's rows to their centroids, on a sample."""
+        return self._squared_error / self._error_rows if self._error_rows else None
+
+    @property
+    def largest_list_rows(self) -> int | None:
+        """Rows in the fullest IVF list; None without lists."""
+        sizes = self.list_sizes()
+        return None if sizes is None else int(sizes.max(initial=0))
+
+    def list_sizes(self) -> Int64Array | None:
+        """Rows in each IVF list, int64 ``(num_partitions,)``; None without lists."""
+        return list_sizes(self.base)
+
+    def _add_to_graph(self, positions: Int64Array, vectors: Float32Array) -> None:
+        # Fillers repeat rows of this block in turn: copies of one vector would crowd its
+        # neighbourhood and cut it off from the graph.
+        self._filler = vectors[:_FILLER_ROWS].copy()
+        start = 0
+        gaps = np.flatnonzero(np.diff(positions) > 1) + 1
+        for stop in (*gaps.tolist(), len(positions)):
+            self._fill_graph(int(positions[start]))
+            self.base.add(vectors[start:stop])
+            self._next_position = int(positions[stop - 1]) + 1
+            start = stop
+
+    def _fill_graph(self, until: int) -> None:
+        missing = until - self._next_position
+        if missing > 0:
+            self.base.add(np.ascontiguousarray(self._filler[np.arange(missing) % len(self._filler)]))
+            self._next_position = until
+
+    def _measure(self, vectors: Float32Array) -> None:
+        some = vectors[:_ERROR_ROWS_PER_BLOCK]
+        error = self.model.coarse_error(some)
+        if error is not None:
+            self._squared_error += error * len(some)
+            self._error_rows += len(some)
+
+
+def copy_index(index: Any) -> Any:
+    """Return an independent copy; through bytes, because `clone_index` lacks some classes."""
+    return owned(faiss.deserialize_index(faiss.serialize_index(index)))
+
+
+def code_rows(store: Any, codes: Any, positions: Int64Array, vectors: Float32Array) -> None:
+    """Encode vectors straight into a store's preallocated code table."""
+    codes[positions] = store.sa_encode(np.ascontiguousarray(vectors))
+
+
+def list_sizes(index: Any) -> Int64Array | None:
+    """Rows in each IVF list of an index; None without lists."""
+    ivf = ivf_of(index)
+    if ivf is None:
+        return None
+    lists = ivf.invlists
+    return np.array([lists.list_size(i) for i in range(int(ivf.nlist))], dtype=np.int64)
+
+
+def _allocate_codes(store: Any, rows: int) -> Any:
+    """Size a flat code table once, so that it never doubles, and return a writable view of it."""
+    code_bytes = int(store.sa_code_size())
+    store.codes.resize(rows * code_bytes)
+    store.ntotal = rows
+    if not rows:
+        return np.empty((0, code_bytes), dtype=np.uint8)
+    view = faiss.rev_swig_ptr(store.codes.data(), rows * code_bytes).reshape(rows, code_bytes)
+    view[:] = 0
+    return view

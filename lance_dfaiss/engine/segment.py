@@ -1,0 +1,335 @@
+"""Shards merged in RAM into one immutable FAISS index, and the search over it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InvalidArgument
+from ..types import Float32Array, Int64Array
+from .encoder import ShardEncoder, list_sizes
+from .factory import ivf_of
+from .model import Model
+
+__all__ = ["CodeStage", "Mask", "Segment", "merge_shards"]
+
+# From this many queries on, FAISS computes L2 by |x|^2 + |y|^2 - 2xy, which loses small distances.
+_BLAS_QUERIES = 20
+
+# Results taken beyond k before such distances are computed again, so that rounding at the border
+# of the first k pushes nothing out.
+_BLAS_SPARE = 8
+
+# Kinds of search parameters kept ready per segment; a server sees a handful.
+_PARAMETER_CACHE = 64
+
+
+class Mask:
+    """Which positions of a segment may be returned.
+
+    Parameters
+    ----------
+    live : numpy.ndarray
+        bool ``(positions,)``.
+    """
+
+    def __init__(self, live: NDArray[np.bool_]) -> None:
+        self.live_rows = int(np.count_nonzero(live))
+        self._bits = np.packbits(live, bitorder="little")
+        self.selector = faiss.IDSelectorBitmap(len(live), faiss.swig_ptr(self._bits))
+
+    @property
+    def ram_bytes(self) -> int:
+        """Bytes of the bitmap."""
+        return int(self._bits.nbytes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CodeStage:
+    """What the codes alone found, before refining; for measuring recall.
+
+    Parameters
+    ----------
+    positions : numpy.ndarray
+        int64 ``(n_queries, count)``, best code first, -1 where there was nothing.
+    code_distances : numpy.ndarray
+        float32, same shape; smaller is better.
+    final_distances : numpy.ndarray
+        float32, same shape: after refining; equal to `code_distances` without a refine store.
+    """
+
+    positions: Int64Array
+    code_distances: Float32Array
+    final_distances: Float32Array
+
+
+class Segment:
+    """One immutable FAISS index over consecutive positions.
+
+    Parameters
+    ----------
+    model : Model
+        Model of the generation; its centroids are shared.
+    base, refine : faiss.Index
+        Searchable part, and the refine store or None.
+    positions : int
+        Positions, skipped rows included.
+    """
+
+    def __init__(self, model: Model, base: Any, refine: Any | None, positions: int) -> None:
+        self.model = model
+        self.positions = positions
+        self.capability = model.capability
+        self._base = base
+        self._refine = refine
+        self._searched = base if refine is None else _refined(base, refine)
+        self._larger_is_closer = base.metric_type == faiss.METRIC_INNER_PRODUCT
+        self._rescored = isinstance(base, faiss.IndexFlat) and not self._larger_is_closer
+        self._parameters: dict[tuple[int, int, int, int], tuple[Any, Mask | None]] = {}
+        self._direct_map = False
+
+    @classmethod
+    def of_encoder(cls, encoder: ShardEncoder) -> Segment:
+        """Search a finished shard while it is still in the encoder's memory."""
+        return cls(encoder.model, encoder.base, encoder.refine, encoder.physical_rows)
+
+    @property
+    def larger_is_closer(self) -> bool:
+        """Whether raw distances are similarities (cosine, dot)."""
+        return bool(self._larger_is_closer)
+
+    @property
+    def has_refine(self) -> bool:
+        """Whether results are re-ranked from a refine store."""
+        return self._refine is not None
+
+    @property
+    def ram_bytes(self) -> int:
+        """Bytes of codes, ids, links and centroids, without allocator slack."""
+        refine = 0 if self._refine is None else int(self._refine.codes.size())
+        return _payload_bytes(self._base) + refine
+
+    def search(
+        self, queries: Float32Array, k: int, *, nprobe: int, ef: int, k_factor: int, mask: Mask | None = None
+    ) -> tuple[Float32Array, Int64Array]:
+        """Return the raw FAISS answer.
+
+        Parameters
+        ----------
+        queries : numpy.ndarray
+            float32 ``(n_queries, dim)``, C-contiguous, prepared.
+        k : int
+            Results per query.
+        nprobe, ef, k_factor : int
+            Search widths; those that the type does not know are ignored.
+        mask : Mask, optional
+            Positions that may be returned.
+
+        Returns
+        -------
+        tuple of (numpy.ndarray, numpy.ndarray)
+            Raw distances float32 and positions int64, both ``(n_queries, k)``, best first, -1 for
+            missing. Under l2 squared distances; otherwise similarities, largest first.
+        """
+        params = self._params(nprobe, max(ef, k * k_factor), k_factor, mask)
+        if self._rescored and len(queries) >= _BLAS_QUERIES:
+            return self._search_rescored(queries, k, params)
+        found: tuple[Float32Array, Int64Array] = self._searched.search(queries, k, params=params)
+        return found
+
+    def candidates(
+        self, queries: Float32Array, count: int, widths: Sequence[int], mask: Mask | None = None
+    ) -> list[CodeStage]:
+        """Return what the codes find at several widths, with refined distances beside.
+
+        Parameters
+        ----------
+        queries : numpy.ndarray
+            float32 ``(n_queries, dim)``, prepared.
+        count : int
+            Candidates per query.
+        widths : sequence of int
+            nprobe of IVF types, ef of HNSW.
+        mask : Mask, optional
+            Positions that may be returned.
+
+        Returns
+        -------
+        list of CodeStage
+            One per width.
+        """
+        found = [
+            self._base.search(queries, count, params=_base_params(self._base, width, max(width, count), mask))
+            for width in widths
+        ]
+        sign = np.float32(-1 if self._larger_is_closer else 1)
+        final = self._final_distances(queries, [positions for _, positions in found])
+        return [
+            CodeStage(positions, sign * raw, sign * (raw if final is None else final[i]))
+            for i, (raw, positions) in enumerate(found)
+        ]
+
+    def reconstruct(self, positions: Int64Array) -> Float32Array:
+        """Decode vectors at positions that hold one.
+
+        Parameters
+        ----------
+        positions : numpy.ndarray
+            int64 ``(n,)``.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32 ``(n, dim)``: from the refine store where there is one, else from the codes; of unit
+            length under cosine.
+
+        Raises
+        ------
+        InvalidArgument
+            If neither can be decoded.
+        """
+        if self._refine is not None:
+            return self._refine.reconstruct_batch(positions)  # type: ignore[no-any-return]
+        if not self.capability.reconstruct:
+            raise InvalidArgument(
+                f"{self.model.spec.factory} cannot decode its vectors",
+                remedy="Build the index with a refine store, such as refine='sq8'",
+                parameter="refine",
+                value=None,
+            )
+        ivf = ivf_of(self._base)
+        if ivf is not None and not self._direct_map:
+            ivf.set_direct_map_type(faiss.DirectMap.Hashtable)
+            self._direct_map = True
+        return self._base.reconstruct_batch(positions)  # type: ignore[no-any-return]
+
+    def list_sizes(self) -> Int64Array | None:
+        """Rows in each IVF list, int64 ``(num_partitions,)``; None without lists."""
+        return list_sizes(self._base)
+
+    def _search_rescored(self, queries: Float32Array, k: int, params: Any) -> tuple[Float32Array, Int64Array]:
+        width = k + _BLAS_SPARE
+        distances, positions = self._base.search(queries, width, params=params)
+        self._base.compute_distance_subset(
+            len(queries), faiss.swig_ptr(queries), width, faiss.swig_ptr(distances), faiss.swig_ptr(positions)
+        )
+        distances[positions < 0] = np.inf
+        order = np.lexsort((positions, distances), axis=1)[:, :k]
+        return np.take_along_axis(distances, order, axis=1), np.take_along_axis(positions, order, axis=1)
+
+    def _params(self, nprobe: int, ef: int, k_factor: int, mask: Mask | None) -> Any:
+        key = (nprobe, ef, k_factor, id(mask))
+        found = self._parameters.get(key)
+        if found is None:
+            params = _base_params(self._base, nprobe, ef, mask)
+            if self._refine is not None:
+                params = faiss.IndexRefineSearchParameters(k_factor=float(k_factor), base_index_params=params)
+            if len(self._parameters) >= _PARAMETER_CACHE:
+                self._parameters.clear()
+            # The mask is kept with its parameters, so that its id cannot be given to another one.
+            found = self._parameters[key] = (params, mask)
+        return found[0]
+
+    def _final_distances(self, queries: Float32Array, found: list[Int64Array]) -> list[Float32Array] | None:
+        if self._refine is None:
+            return None
+        finals = [np.full(positions.shape, np.inf, dtype=np.float32) for positions in found]
+        for row, query in enumerate(queries):
+            unique = np.unique(np.concatenate([positions[row] for positions in found]))
+            unique = unique[unique >= 0]
+            if not len(unique):
+                continue
+            vectors = self._refine.reconstruct_batch(unique)
+            exact = vectors @ query if self._larger_is_closer else np.square(vectors - query).sum(axis=1)
+            for positions, final in zip(found, finals, strict=True):
+                known = positions[row] >= 0
+                final[row, known] = exact[np.searchsorted(unique, positions[row, known])]
+        return finals
+
+
+def merge_shards(model: Model, shards: Sequence[tuple[Any, Any | None, int]]) -> list[tuple[int, Segment]]:
+    """Merge loaded shards into as few segments as their type allows.
+
+    Parameters
+    ----------
+    model : Model
+        Model of the generation.
+    shards : sequence of (faiss.Index, faiss.Index or None, int)
+        Searchable part, refine store and positions of each; consumed.
+
+    Returns
+    -------
+    list of (int, Segment)
+        First position and segment; one segment where the type merges, else one per shard.
+    """
+    firsts = np.concatenate(([0], np.cumsum([rows for _, _, rows in shards], dtype=np.int64))).tolist()
+    total = firsts.pop()
+    if not model.capability.mergeable:
+        return [
+            (first, Segment(model, base, refine, rows))
+            for first, (base, refine, rows) in zip(firsts, shards, strict=True)
+        ]
+    base, refine, _ = shards[0]
+    _reserve(base, total)
+    _reserve(refine, total)
+    for first, (other, other_refine, _) in zip(firsts[1:], shards[1:], strict=True):
+        base.merge_from(other, first if ivf_of(base) is not None else 0)
+        if refine is not None:
+            refine.merge_from(other_refine, 0)
+    ivf = ivf_of(base)
+    if isinstance(ivf, faiss.IndexIVFPQ):
+        ivf.precompute_table()
+    return [(0, Segment(model, base, refine, total))]
+
+
+def _reserve(store: Any | None, rows: int) -> None:
+    """Take a flat code table's memory in one piece, so that merging never doubles it."""
+    if store is None or not hasattr(store, "codes"):
+        return
+    used = store.codes.size()
+    store.codes.resize(rows * int(store.sa_code_size()))
+    store.codes.resize(used)
+
+
+def _refined(base: Any, refine: Any) -> Any:
+    # IndexRefine wants equal counts, but lists leave out skipped rows and the store does not:
+    # its own count is used for nothing but this check.
+    count, base.ntotal = base.ntotal, refine.ntotal
+    both = faiss.IndexRefine(base, refine)
+    base.ntotal = count
+    both.referenced_objects = [base, refine]
+    return both
+
+
+def _base_params(base: Any, nprobe: int, ef: int, mask: Mask | None) -> Any:
+    selector = None if mask is None else mask.selector
+    ivf = ivf_of(base)
+    if ivf is not None:
+        params = faiss.SearchParametersIVF(nprobe=min(nprobe, int(ivf.nlist)), sel=selector)
+    elif hasattr(_untransformed(base), "hnsw"):
+        params = faiss.SearchParametersHNSW(efSearch=ef, sel=selector)
+    else:
+        params = faiss.SearchParameters(sel=selector)
+    if isinstance(base, faiss.IndexPreTransform):
+        return faiss.SearchParametersPreTransform(index_params=params)
+    return params
+
+
+def _untransformed(base: Any) -> Any:
+    return faiss.downcast_index(base.index) if isinstance(base, faiss.IndexPreTransform) else base
+
+
+def _payload_bytes(base: Any) -> int:
+    ivf = ivf_of(base)
+    if ivf is not None:
+        return int(ivf.ntotal) * (int(ivf.code_size) + 8) + int(ivf.nlist) * int(ivf.d) * 4
+    inner = _untransformed(base)
+    if hasattr(inner, "hnsw"):
+        links = int(inner.hnsw.neighbors.size()) * 4
+        return links + int(faiss.downcast_index(inner.storage).codes.size())
+    return int(inner.codes.size())

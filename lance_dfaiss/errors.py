@@ -1,0 +1,261 @@
+"""Every error this package raises, in one tree.
+
+::
+
+    DfaissError (Exception)
+    ├── InvalidArgument (ValueError)            a parameter's value cannot be used
+    │   ├── InvalidQuery                        wrong dimension, NaN or Inf, zero under cosine
+    │   ├── InvalidFactory                      a FAISS factory string that cannot be built or served
+    │   └── UnsupportedColumn (TypeError)       the column is not a vector column we can index
+    ├── UnknownColumn (LookupError)             no such column in the dataset
+    ├── InvalidVectors (ValueError)             the rows themselves: NaN, ragged, all null
+    ├── InsufficientData (ValueError)           too few rows for what was asked
+    ├── BudgetExceeded (MemoryError)            cannot be done within ``memory_budget_bytes``
+    ├── RecallTooLow (RuntimeError)             measured recall is under ``min_recall``
+    ├── TaskFailed (RuntimeError)               a build task failed: fragments, worker, cause, traceback
+    ├── IndexExists (FileExistsError)           the name is taken and ``replace`` is False
+    ├── IndexNotFound (LookupError)             no index of that name; names those that exist
+    ├── CommitConflict (RuntimeError)           another writer changed the same index meanwhile
+    ├── DatasetChanged (RuntimeError)           the rows behind the index are no longer what it covers
+    ├── UntrustedLocation (PermissionError)     a pointer leads where it may not
+    ├── StorageError (OSError)                  reading or writing index files failed
+    │   ├── ReadOnlyStorage (PermissionError)   the place for index files cannot be written
+    │   └── StorageFull                         no space left, or over a size limit
+    └── CorruptIndex (OSError)                  what is stored is not what was committed
+        ├── MissingFile (FileNotFoundError)     a file of the index is gone
+        ├── DigestMismatch                      length or digest differs: truncated, flipped, swapped
+        ├── ManifestInvalid (ValueError)        a stored document breaks its schema; lists every problem
+        ├── UnsupportedFormat                   written by a newer format than this reader knows
+        ├── ModelMismatch                       a shard that was encoded by another model
+        └── CoverOverlap                        two shards claim the same fragment
+
+Each error carries its facts as attributes (see the class annotations), survives pickling, and
+inherits the builtin a caller would expect, so ``except ValueError`` or ``except OSError`` work too.
+Messages say what was expected, what was found, and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "BudgetExceeded",
+    "CommitConflict",
+    "CorruptIndex",
+    "CoverOverlap",
+    "DatasetChanged",
+    "DfaissError",
+    "DigestMismatch",
+    "IndexExists",
+    "IndexNotFound",
+    "InsufficientData",
+    "InvalidArgument",
+    "InvalidFactory",
+    "InvalidQuery",
+    "InvalidVectors",
+    "ManifestInvalid",
+    "MissingFile",
+    "ModelMismatch",
+    "ReadOnlyStorage",
+    "RecallTooLow",
+    "StorageError",
+    "StorageFull",
+    "TaskFailed",
+    "UnknownColumn",
+    "UnsupportedColumn",
+    "UnsupportedFormat",
+    "UntrustedLocation",
+]
+
+
+def _rebuild(cls: type[DfaissError], message: str, remedy: str, facts: dict[str, Any]) -> DfaissError:
+    return cls(message, remedy=remedy, **facts)
+
+
+class DfaissError(Exception):
+    """Base of every error of this package.
+
+    Parameters
+    ----------
+    message : str
+        What was expected and what was found.
+    remedy : str
+        What the reader can do about it; the empty string when there is nothing to do.
+    **facts
+        Values for the attributes that the class (or a base) annotates. A fact that is not
+        annotated is a programming error and raises ``TypeError``.
+    """
+
+    message: str
+    remedy: str
+
+    def __init__(self, message: str, *, remedy: str = "", **facts: Any) -> None:
+        known = {name for cls in type(self).__mro__ for name in cls.__dict__.get("__annotations__", {})}
+        unknown = sorted(set(facts) - known)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no fact named {', '.join(unknown)}")
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+        self._facts = facts
+        for name, value in facts.items():
+            setattr(self, name, value)
+
+    def __str__(self) -> str:
+        return f"{self.message}. {self.remedy}" if self.remedy else self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.remedy, self._facts)
+
+
+class InvalidArgument(DfaissError, ValueError):
+    """A parameter has a value that cannot be used."""
+
+    parameter: str
+    value: Any
+
+
+class InvalidQuery(InvalidArgument):
+    """A query vector cannot be searched: wrong dimension, NaN or Inf, or zero under cosine."""
+
+
+class InvalidFactory(InvalidArgument):
+    """A FAISS factory string does not parse, or names an index that cannot be masked or merged."""
+
+
+class UnsupportedColumn(InvalidArgument, TypeError):
+    """The column exists but holds nothing that can be indexed."""
+
+
+class UnknownColumn(DfaissError, LookupError):
+    """The dataset has no such column."""
+
+    column: str
+    available: tuple[str, ...]
+
+
+class InvalidVectors(DfaissError, ValueError):
+    """Rows hold vectors that cannot be indexed and ``on_invalid="error"``, or none can be."""
+
+    column: str
+    row_ids: tuple[int, ...]
+
+
+class InsufficientData(DfaissError, ValueError):
+    """The dataset has too few usable rows for what was asked."""
+
+    rows: int
+    needed: int
+
+
+class BudgetExceeded(DfaissError, MemoryError):
+    """The work cannot be done within the memory budget."""
+
+    needed_bytes: int
+    budget_bytes: int
+
+
+class RecallTooLow(DfaissError, RuntimeError):
+    """The finished index measured less recall than ``min_recall``; nothing was committed."""
+
+    measured: float
+    required: float
+
+
+class TaskFailed(DfaissError, RuntimeError):
+    """A build task failed for a reason that is not one of this package's own errors."""
+
+    task: str
+    fragments: tuple[int, ...]
+    worker: str
+    worker_traceback: str
+
+
+class IndexExists(DfaissError, FileExistsError):
+    """An index of that name exists and ``replace`` is False."""
+
+    name: str
+
+
+class IndexNotFound(DfaissError, LookupError):
+    """The dataset has no index of that name."""
+
+    name: str
+    available: tuple[str, ...]
+
+
+class CommitConflict(DfaissError, RuntimeError):
+    """Another writer committed the same index name first; its index is untouched."""
+
+    name: str
+    ours: str
+    theirs: str
+
+
+class DatasetChanged(DfaissError, RuntimeError):
+    """Fragments changed or vanished since the index was built over them."""
+
+    fragments: tuple[int, ...]
+
+
+class UntrustedLocation(DfaissError, PermissionError):
+    """A pointer leads outside the dataset root to a place that was not allowed."""
+
+    location: str
+
+
+class StorageError(DfaissError, OSError):
+    """Reading or writing a file of an index failed."""
+
+    location: str
+
+
+class ReadOnlyStorage(StorageError, PermissionError):
+    """The place where the index would be written cannot be written."""
+
+
+class StorageFull(StorageError):
+    """The place where the index is written has no room for it."""
+
+
+class CorruptIndex(DfaissError, OSError):
+    """What is stored is not what was committed."""
+
+    location: str
+
+
+class MissingFile(CorruptIndex, FileNotFoundError):
+    """A file that the index names is not there."""
+
+
+class DigestMismatch(CorruptIndex):
+    """A file's length or digest is not the recorded one."""
+
+    expected: str
+    found: str
+
+
+class ManifestInvalid(CorruptIndex, ValueError):
+    """A stored document breaks its schema."""
+
+    problems: tuple[str, ...]
+
+
+class UnsupportedFormat(CorruptIndex):
+    """A stored document was written by a newer format than this version reads."""
+
+    found_version: int
+    supported_version: int
+
+
+class ModelMismatch(CorruptIndex):
+    """A shard was encoded by another model than the one the manifest names."""
+
+    expected: str
+    found: str
+
+
+class CoverOverlap(CorruptIndex):
+    """Two shards of one generation claim the same fragment."""
+
+    fragments: tuple[int, ...]

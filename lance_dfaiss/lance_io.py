@@ -1,0 +1,598 @@
+"""Everything the package asks of a Lance dataset; the only importer of lance beside `plugin`.
+
+Reading is bounded: vectors stream in scanner batches of at most 4,096 rows with little read-ahead,
+samples come in blocks of neighbouring rows, never as scattered single ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import lance
+import numpy as np
+import pyarrow as pa
+from lance import LanceDataset
+from lance.dataset import serialize_row_addrs
+
+from .errors import CommitConflict, InsufficientData, InvalidArgument, ReadOnlyStorage, StorageError, UnknownColumn
+from .manifest import FragmentSignature
+from .plan import FragmentState
+from .storage import FolderSession, LocalStore, SessionStore, Store
+from .types import POINTER_PREFIX, ROW_ID_COLUMN, SIDECAR, Float32Array, Int64Array, Metric, UInt64Array
+from .vectors import VectorType, decode_vectors, vector_type
+
+__all__ = ["Block", "LanceDataset", "PinnedDataset", "Sample", "VectorColumn", "open_dataset"]
+
+# Scanner batches: smaller ones cost throughput, larger ones memory (measured with pylance 14).
+_MIN_BATCH_ROWS, _MAX_BATCH_ROWS = 1_024, 4_096
+_BATCH_BYTES = 4 * 1024 * 1024
+
+# Bytes the scanner may read ahead; its own default grows without bound behind a slow consumer.
+_IO_BUFFER_BYTES = 16 * 1024 * 1024
+
+# A sample block is about one object-store request's worth of neighbouring rows.
+_SAMPLE_BLOCK_BYTES = 64 * 1024
+_MIN_SAMPLE_ROWS, _MAX_SAMPLE_ROWS = 64, 512
+
+# Rows asked for in one take while sampling.
+_TAKE_ROWS = 16_384
+
+_ADDRESS_COLUMN = "_rowaddr"
+_OFFSET_MASK = np.uint64(0xFFFFFFFF)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VectorColumn:
+    """A vector column of one dataset version.
+
+    Parameters
+    ----------
+    name : str
+        Dotted path.
+    field_id : int
+        Id of its leaf field; changes when the column is cast or written anew.
+    type : VectorType
+        What it holds.
+    dim : int
+        Dimension of every vector.
+    """
+
+    name: str
+    field_id: int
+    type: VectorType
+    dim: int
+
+    @property
+    def stored_row_bytes(self) -> int:
+        """Bytes of one vector in the dataset."""
+        return self.type.value_bytes * self.dim
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Decoded live rows of one fragment, in physical order.
+
+    Parameters
+    ----------
+    fragment_id : int
+        Fragment they come from.
+    offsets : numpy.ndarray
+        int64 ``(n,)`` physical offsets of the usable rows.
+    vectors : numpy.ndarray
+        float32 ``(n, dim)``, writable.
+    row_offsets, row_ids : numpy.ndarray
+        int64 and uint64 ``(live,)``: offset and row id of every live row, usable or not.
+    null, non_finite, zero : int
+        Live rows left out, by reason.
+    bad_row_ids : numpy.ndarray
+        uint64: row ids of those.
+    """
+
+    fragment_id: int
+    offsets: Int64Array
+    vectors: Float32Array
+    row_offsets: Int64Array
+    row_ids: UInt64Array
+    null: int
+    non_finite: int
+    zero: int
+    bad_row_ids: UInt64Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """Usable rows drawn from all fragments.
+
+    Parameters
+    ----------
+    vectors : numpy.ndarray
+        float32 ``(n, dim)``.
+    fragment_ids, offsets : numpy.ndarray
+        int64 ``(n,)``: where each comes from.
+    drawn_rows : int
+        Rows drawn, unusable ones included.
+    """
+
+    vectors: Float32Array
+    fragment_ids: Int64Array
+    offsets: Int64Array
+    drawn_rows: int
+
+
+def open_dataset(
+    dataset: str | os.PathLike[str] | LanceDataset,
+    *,
+    storage_options: Mapping[str, str] | None = None,
+    block_size: int | None = None,
+) -> LanceDataset:
+    """Return a dataset given as itself, or by path or URI.
+
+    Raises
+    ------
+    InvalidArgument
+        If there is no dataset there, or the argument is neither.
+    """
+    if isinstance(dataset, LanceDataset):
+        return dataset
+    if not isinstance(dataset, (str, os.PathLike)):
+        raise InvalidArgument(
+            f"dataset must be a LanceDataset, a path or a URI, not {type(dataset).__name__}",
+            parameter="dataset",
+            value=type(dataset).__name__,
+        )
+    uri = os.fspath(dataset)
+    try:
+        return lance.dataset(
+            uri, storage_options=None if storage_options is None else dict(storage_options), block_size=block_size
+        )
+    except ValueError as exc:
+        raise InvalidArgument(
+            f"cannot open a Lance dataset at {uri!r}: {_first_line(exc)}",
+            remedy="Check the path, and storage_options for an object store",
+            parameter="dataset",
+            value=uri,
+        ) from exc
+
+
+class PinnedDataset:
+    """One version of one dataset; every answer is about that version.
+
+    Parameters
+    ----------
+    dataset : lance.LanceDataset
+        Handle; copied, so that the caller's may move on.
+    """
+
+    def __init__(self, dataset: LanceDataset) -> None:
+        self._dataset = dataset.checkout_version(dataset.version)
+        self.version: int = dataset.version
+        self.uri: str = dataset.uri
+        self.stable_row_ids: bool = dataset.has_stable_row_ids
+        self.root: str = _main_root(dataset)
+
+    @classmethod
+    def at_version(cls, dataset: LanceDataset, version: int) -> PinnedDataset:
+        """Pin another version of the same dataset."""
+        return cls(dataset.checkout_version(version))
+
+    @property
+    def lance(self) -> LanceDataset:
+        """The pinned handle."""
+        return self._dataset
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Table metadata of this version."""
+        return cast("Mapping[str, str]", self._dataset.metadata)
+
+    def live_rows(self) -> int:
+        """Count the rows of this version."""
+        return int(self._dataset.count_rows())
+
+    def vector_column(self, name: str) -> VectorColumn:
+        """Look up a vector column.
+
+        Raises
+        ------
+        UnknownColumn
+            If the dataset has no such column; names those it has.
+        UnsupportedColumn
+            If it is not a vector column.
+        InsufficientData
+            If it holds lists and not one row tells their length.
+        """
+        arrow_field = _arrow_field(self._dataset.schema, name)
+        kind = vector_type(name, arrow_field)
+        dim = kind.dim if kind.dim is not None else self._list_length(name)
+        return VectorColumn(name=name, field_id=_leaf_id(self._dataset, name), type=kind, dim=dim)
+
+    def fragments(self, column: VectorColumn) -> list[FragmentState]:
+        """Return the state of every fragment, in the dataset's order."""
+        states = []
+        for fragment in self._dataset.get_fragments():
+            meta = fragment.metadata
+            states.append(
+                FragmentState(
+                    fragment_id=int(meta.id),
+                    physical_rows=int(meta.physical_rows),
+                    deleted_rows=int(meta.deletion_file.num_deleted_rows) if meta.deletion_file else 0,
+                    signature=_signature(meta, column.field_id),
+                )
+            )
+        return states
+
+    def live_offsets(self, fragment_id: int) -> Int64Array:
+        """Return the physical offsets of a fragment's live rows, int64 ``(live,)``, increasing."""
+        scanner = self._dataset.scanner(
+            columns=[], with_row_address=True, fragments=[self._fragment(fragment_id)], scan_in_order=True
+        )
+        addresses = scanner.to_table()[_ADDRESS_COLUMN].to_numpy()
+        return np.sort((addresses & _OFFSET_MASK).astype(np.int64))
+
+    def row_ids(self, fragment_ids: Sequence[int]) -> tuple[UInt64Array, UInt64Array]:
+        """Return row addresses and row ids of the live rows of some fragments, both uint64 ``(live,)``."""
+        scanner = self._dataset.scanner(
+            columns=[],
+            with_row_address=True,
+            with_row_id=True,
+            fragments=[self._fragment(i) for i in fragment_ids],
+            scan_in_order=True,
+        )
+        table = scanner.to_table()
+        return table[_ADDRESS_COLUMN].to_numpy(), table[ROW_ID_COLUMN].to_numpy()
+
+    def blocks(self, column: VectorColumn, fragment_ids: Sequence[int], metric: Metric) -> Iterator[Block]:
+        """Stream the rows of some fragments in the given order, decoded.
+
+        Parameters
+        ----------
+        column : VectorColumn
+            What to read.
+        fragment_ids : sequence of int
+            Fragments, all of this version.
+        metric : str
+            Under cosine zero vectors are left out.
+
+        Yields
+        ------
+        Block
+            At most 4,096 rows of one fragment.
+
+        Raises
+        ------
+        InvalidVectors
+            If rows of a list column differ in length.
+        """
+        rows = _BATCH_BYTES // max(column.stored_row_bytes, 1)
+        scanner = self._dataset.scanner(
+            columns=[column.name],
+            fragments=[self._fragment(i) for i in fragment_ids],
+            with_row_address=True,
+            with_row_id=self.stable_row_ids,
+            scan_in_order=True,
+            batch_size=min(max(rows, _MIN_BATCH_ROWS), _MAX_BATCH_ROWS),
+            io_buffer_size=_IO_BUFFER_BYTES,
+            batch_readahead=2,
+            fragment_readahead=1,
+        )
+        for batch in scanner.to_batches():
+            yield from _decode_batch(batch, column, metric)
+
+    def sample(self, column: VectorColumn, rows: int, metric: Metric, seed: int) -> Sample:
+        """Draw usable rows in random blocks of neighbours over all fragments, sorted by place.
+
+        Parameters
+        ----------
+        column : VectorColumn
+            What to read.
+        rows : int
+            Rows to draw; all of them when the dataset has no more.
+        metric : str
+            Under cosine zero vectors are dropped.
+        seed : int
+            Decides the blocks.
+        """
+        states = self.fragments(column)
+        total = sum(state.live_rows for state in states)
+        chosen = _sample_rows(total, rows, column.stored_row_bytes, seed)
+        vectors = np.empty((len(chosen), column.dim), dtype=np.float32)
+        usable = np.zeros(len(chosen), dtype=bool)
+        filled = 0
+        for start in range(0, len(chosen), _TAKE_ROWS):
+            rows_now = chosen[start : start + _TAKE_ROWS]
+            decoded = decode_vectors(self._take(column, rows_now), column.dim, metric, column=column.name)
+            good = decoded.usable
+            count = int(good.sum())
+            usable[start : start + len(rows_now)] = good
+            vectors[filled : filled + count] = decoded.values if count == len(good) else decoded.values[good]
+            filled += count
+        fragment_ids, offsets = self._places(states, chosen[usable])
+        return Sample(vectors[:filled], fragment_ids, offsets, len(chosen))
+
+    def fetch(self, row_ids: UInt64Array, columns: Sequence[str] | Mapping[str, str] | None) -> pa.Table:
+        """Read rows by row id, in the order given, duplicates included.
+
+        Parameters
+        ----------
+        row_ids : numpy.ndarray
+            uint64 ``(n,)``, all live.
+        columns : sequence of str or mapping or None
+            As Lance's scanner takes them; None for all.
+
+        Raises
+        ------
+        StorageError
+            If Lance returns no row for one of the ids.
+        UnknownColumn
+            If a column does not exist.
+        """
+        unique, inverse = np.unique(row_ids, return_inverse=True)
+        wanted = dict(columns) if isinstance(columns, Mapping) else None if columns is None else list(columns)
+        try:
+            table = self._dataset.scanner(
+                columns=wanted, with_row_id=True, row_addr_allowlist=serialize_row_addrs(unique.tolist())
+            ).to_table()
+        except (ValueError, OSError) as exc:
+            raise self._column_error(wanted, exc) from exc
+        found = table[ROW_ID_COLUMN].to_numpy()
+        if len(found) != len(unique):
+            raise StorageError(
+                f"Lance returned {len(found)} of {len(unique)} rows asked for by id",
+                remedy="Open the index again: the dataset version it was opened at may have been removed",
+                location=self.uri,
+            )
+        order = np.argsort(found, kind="stable")
+        return table.take(pa.array(order[inverse]))
+
+    def session_store(self) -> Store:
+        """Return the store of the dataset's own ``_dfaiss`` folder, in the main root also for branches."""
+        local = _local_path(self.root)
+        if local is not None:
+            return LocalStore(local / SIDECAR)
+        dataset = self._dataset
+        if self.root != dataset.uri:
+            dataset = lance.dataset(self.root, storage_options=dataset.latest_storage_options())
+        return SessionStore(FolderSession(dataset.new_file_session(), SIDECAR), f"{self.root}/{SIDECAR}")
+
+    def commit_pointer(self, name: str, expected: str | None, value: str | None, *, ours: str) -> None:
+        """Set or delete the pointer of an index, if it is still what the caller saw.
+
+        Moves the dataset to a new version; other handles are not touched.
+
+        Parameters
+        ----------
+        name : str
+            Index name.
+        expected, value : str or None
+            Text of the pointer before and after; None for no pointer.
+        ours : str
+            Generation of the caller, for messages.
+
+        Raises
+        ------
+        CommitConflict
+            If the pointer is another one by now.
+        ReadOnlyStorage
+            If the dataset cannot be written.
+        StorageError
+            If the commit failed otherwise.
+        """
+        key = POINTER_PREFIX + name
+        # A fresh handle: the compare-and-set needs the transactions since the version it read.
+        fresh = self._fresh()
+        found = fresh.metadata.get(key)
+        if found != expected:
+            raise _conflict(name, ours, found)
+        try:
+            fresh.update_metadata({key: value})
+        except OSError as exc:
+            if "ncompatible transaction" in str(exc) or "conflict" in str(exc).lower():
+                raise _conflict(name, ours, self._fresh().metadata.get(key)) from exc
+            if isinstance(exc, PermissionError) or "ermission denied" in str(exc) or "ead-only" in str(exc):
+                raise ReadOnlyStorage(
+                    f"cannot write to the dataset at {self.uri}: {_first_line(exc)}",
+                    remedy="Pass index_uri=... naming a place that can be written",
+                    location=self.uri,
+                ) from exc
+            raise StorageError(
+                f"Lance could not commit the index to {self.uri}: {_first_line(exc)}", location=self.uri
+            ) from exc
+
+    def latest(self) -> PinnedDataset:
+        """Pin the newest version."""
+        return PinnedDataset(self._fresh())
+
+    def check_writable(self) -> None:
+        """Fail early if the dataset itself cannot be committed to.
+
+        Raises
+        ------
+        ReadOnlyStorage
+            If its folder cannot be written.
+        """
+        local = _local_path(self.root)
+        if local is not None:
+            LocalStore(local / "_versions").check_writable()
+
+    def _fresh(self) -> LanceDataset:
+        fresh = self._dataset.checkout_version(self.version)
+        fresh.checkout_latest()
+        return fresh
+
+    def _fragment(self, fragment_id: int) -> Any:
+        return self._dataset.get_fragment(fragment_id)
+
+    def _take(self, column: VectorColumn, rows: Int64Array) -> pa.Array:
+        table = self._dataset.take(rows, columns=[column.name])
+        array = table.column(0).combine_chunks()
+        for part in column.name.split(".")[1:] if pa.types.is_struct(array.type) else []:
+            array = _struct_child(array, part)
+        return array
+
+    def _places(self, states: Sequence[FragmentState], rows: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """Return fragment id and physical offset of live row numbers (counted over all fragments)."""
+        firsts = np.cumsum([0] + [state.live_rows for state in states])
+        which = np.searchsorted(firsts, rows, side="right") - 1
+        offsets = rows - firsts[which]
+        for index in np.unique(which):
+            if states[index].deleted_rows:
+                mine = which == index
+                offsets[mine] = self.live_offsets(states[index].fragment_id)[offsets[mine]]
+        ids = np.array([state.fragment_id for state in states], dtype=np.int64)
+        return ids[which] if len(rows) else np.zeros(0, dtype=np.int64), offsets
+
+    def _list_length(self, name: str) -> int:
+        scanner = self._dataset.scanner(columns=[name], filter=f"{name} is not null", limit=1)
+        table = scanner.to_table()
+        if not table.num_rows:
+            raise InsufficientData(
+                f"column {name!r} holds no vector to tell the dimension by",
+                remedy="Write vectors first, or use a FixedSizeList column",
+                rows=0,
+                needed=1,
+            )
+        return len(table.column(0)[0])
+
+    def _column_error(self, wanted: Any, exc: Exception) -> Exception:
+        names = list(wanted) if wanted is not None and not isinstance(wanted, dict) else []
+        for name in names:
+            if name not in self._dataset.schema.names and "." not in name:
+                return UnknownColumn(
+                    f"the dataset has no column {name!r}",
+                    remedy=f"It has {', '.join(self._dataset.schema.names)}",
+                    column=name,
+                    available=tuple(self._dataset.schema.names),
+                )
+        return StorageError(f"Lance could not read the rows: {_first_line(exc)}", location=self.uri)
+
+
+def _decode_batch(batch: pa.RecordBatch, column: VectorColumn, metric: Metric) -> Iterator[Block]:
+    addresses = batch[_ADDRESS_COLUMN].to_numpy()
+    row_ids = batch[ROW_ID_COLUMN].to_numpy() if ROW_ID_COLUMN in batch.schema.names else addresses
+    fragments = (addresses >> np.uint64(32)).astype(np.int64)
+    borders = [0, *(np.flatnonzero(np.diff(fragments)) + 1).tolist(), len(addresses)]
+    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+        if start == stop:
+            continue
+        decoded = decode_vectors(batch.column(0)[start:stop], column.dim, metric, column=column.name)
+        usable = decoded.usable
+        offsets = (addresses[start:stop] & _OFFSET_MASK).astype(np.int64)
+        ids = row_ids[start:stop]
+        everything = bool(usable.all())
+        yield Block(
+            int(fragments[start]),
+            offsets if everything else offsets[usable],
+            decoded.values if everything else decoded.values[usable],
+            offsets,
+            ids,
+            int(decoded.null.sum()),
+            int(decoded.non_finite.sum()),
+            int(decoded.zero.sum()),
+            ids[~usable],
+        )
+
+
+def _sample_rows(total: int, rows: int, row_bytes: int, seed: int) -> Int64Array:
+    """Return sorted live row numbers: whole random blocks, or everything."""
+    if rows >= total:
+        return np.arange(total, dtype=np.int64)
+    block = min(max(_SAMPLE_BLOCK_BYTES // max(row_bytes, 1), _MIN_SAMPLE_ROWS), _MAX_SAMPLE_ROWS, max(rows // 16, 1))
+    blocks = -(-total // block)
+    wanted = min(-(-rows // block), blocks)
+    chosen = np.sort(np.random.default_rng(seed).choice(blocks, size=wanted, replace=False))
+    numbers = (chosen[:, None] * block + np.arange(block)).ravel()
+    return cast("Int64Array", numbers[numbers < total][:rows].astype(np.int64))
+
+
+def _signature(meta: Any, field_id: int) -> FragmentSignature:
+    files = []
+    for data_file in meta.files:
+        for field, index in zip(data_file.fields, data_file.column_indices, strict=True):
+            if field == field_id:
+                files.append((str(data_file.path), int(index)))
+    overlays = [
+        f"{overlay.data_file.path}@{getattr(overlay, 'committed_version', '')}"
+        for overlay in (meta.overlays or [])
+        if field_id in overlay.data_file.fields
+    ]
+    return FragmentSignature(files=tuple(sorted(files)), overlays=tuple(sorted(overlays)))
+
+
+def _leaf_id(dataset: LanceDataset, name: str) -> int:
+    fields = dataset.lance_schema.fields()
+    found = None
+    for part in name.split("."):
+        found = next(field for field in fields if field.name() == part)
+        fields = found.children()
+    while fields:  # a list's element; data files record only leaves
+        found, fields = fields[0], fields[0].children()
+    if found is None:
+        raise InvalidArgument(f"column {name!r} has no field", parameter="column", value=name)
+    return int(found.id())
+
+
+def _arrow_field(schema: pa.Schema, name: str) -> pa.DataType:
+    found: Any = schema
+    for part in name.split("."):
+        names = found.names if isinstance(found, pa.Schema) else [field.name for field in _struct_fields(found)]
+        if part not in names:
+            raise UnknownColumn(
+                f"the dataset has no column {name!r}",
+                remedy=f"It has {', '.join(schema.names)}",
+                column=name,
+                available=tuple(schema.names),
+            )
+        found = found.field(part).type
+    return found
+
+
+def _struct_fields(arrow_type: pa.DataType) -> list[pa.Field]:
+    return [arrow_type.field(i) for i in range(arrow_type.num_fields)] if pa.types.is_struct(arrow_type) else []
+
+
+def _struct_child(array: pa.StructArray, name: str) -> pa.Array:
+    """Return a child with the parent's nulls laid over it."""
+    index = array.type.get_field_index(name)
+    return array.flatten()[index]
+
+
+def _main_root(dataset: LanceDataset) -> str:
+    """Return the root of the main branch: a branch's handle lies in ``<root>/tree/<branch>``."""
+    uri = dataset.uri.rstrip("/")
+    if "/tree/" not in uri:
+        return _absolute(uri)
+    for branch in dataset.branches.list():
+        if uri.endswith(f"/tree/{branch}"):
+            return _absolute(uri.removesuffix(f"/tree/{branch}"))
+    return _absolute(uri)
+
+
+def _absolute(uri: str) -> str:
+    local = _local_path(uri)
+    return uri if local is None else str(local)
+
+
+def _local_path(uri: str) -> Path | None:
+    for scheme in ("file://", "file-object-store://"):
+        if uri.startswith(scheme):
+            return Path(uri.removeprefix(scheme)).absolute()
+    return None if "://" in uri else Path(uri).absolute()
+
+
+def _conflict(name: str, ours: str, found: str | None) -> CommitConflict:
+    theirs = found or "no generation (it was dropped)"
+    return CommitConflict(
+        f"index {name!r} was changed by another writer while generation {ours} was built; the dataset now has {theirs}",
+        remedy="The other index is untouched. Open it, or build again with replace=True",
+        name=name,
+        ours=ours,
+        theirs=theirs,
+    )
+
+
+def _first_line(exc: BaseException) -> str:
+    return str(exc).strip().splitlines()[0].split(", /home/")[0]

@@ -1,0 +1,224 @@
+"""Look after indexes: list, describe, verify, drop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .errors import CorruptIndex, DatasetChanged
+from .lance_io import LanceDataset, PinnedDataset, open_dataset
+from .manifest import FileEntry, Manifest, Pointer
+from .pointers import find_pointer, list_pointers, publish
+from .progress import PhaseMeter, Progress, SilentProgress
+from .search.load import Generation, read_generation
+from .search.resolve import resolve_generation
+from .storage import VerifiedReader
+from .types import CHUNK_BYTES
+
+__all__ = ["IndexDescription", "describe_index", "drop_index", "list_indices", "verify_index"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexDescription:
+    """What is stored of an index, and how it stands to the dataset version; nothing of it is loaded.
+
+    Parameters
+    ----------
+    name : str
+        Index name.
+    pointer : Pointer
+        Where its current generation lies.
+    manifest : Manifest
+        What that consists of.
+    version : int
+        Dataset version it was compared with.
+    indexed_rows, masked_rows : int
+        Rows with an entry, and how many of them are deleted in that version.
+    length_bytes : int
+        Of model and shards, as stored and about as loaded.
+    stale : str or None
+        Why it cannot answer for that version; None when it can.
+    """
+
+    name: str
+    pointer: Pointer
+    manifest: Manifest
+    version: int
+    indexed_rows: int
+    masked_rows: int
+    length_bytes: int
+    stale: str | None
+
+
+def list_indices(
+    dataset: str | os.PathLike[str] | LanceDataset,
+    *,
+    index_uri: str | None = None,
+    storage_options: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Return the names of the indexes of a dataset, sorted.
+
+    Parameters
+    ----------
+    dataset : str, path or lance.LanceDataset
+        The dataset, at the version to look at.
+    index_uri : str, optional
+        Where to look besides the dataset.
+    storage_options : mapping, optional
+        For a dataset given by URI.
+    """
+    pinned = PinnedDataset(open_dataset(dataset, storage_options=storage_options))
+    return [found.name for found in list_pointers(pinned, index_uri)]
+
+
+def describe_index(
+    dataset: str | os.PathLike[str] | LanceDataset,
+    name: str | None = None,
+    *,
+    index_uri: str | None = None,
+    allowed_index_uris: Sequence[str] = (),
+    storage_options: Mapping[str, str] | None = None,
+) -> IndexDescription:
+    """Describe an index from its stored documents.
+
+    Parameters
+    ----------
+    dataset : str, path or lance.LanceDataset
+        The dataset, at the version to compare with.
+    name : str, optional
+        Index name; may be left out when there is one.
+    index_uri, allowed_index_uris, storage_options
+        As for `open_index`.
+
+    Raises
+    ------
+    IndexNotFound, CorruptIndex, UntrustedLocation
+        As for `open_index`.
+    """
+    pinned, generation = _generation(dataset, name, index_uri, allowed_index_uris, storage_options)
+    manifest = generation.manifest
+    indexed = sum(shard.indexed_rows for shard in manifest.shards)
+    masked, stale = 0, None
+    try:
+        masked = resolve_generation(pinned, generation).masked_rows
+    except DatasetChanged as exc:
+        stale = exc.message
+    return IndexDescription(
+        name=manifest.name,
+        pointer=generation.found.pointer,
+        manifest=manifest,
+        version=pinned.version,
+        indexed_rows=indexed,
+        masked_rows=masked,
+        length_bytes=manifest.model.file.length_bytes + sum(shard.length_bytes for shard in manifest.shards),
+        stale=stale,
+    )
+
+
+def verify_index(
+    dataset: str | os.PathLike[str] | LanceDataset,
+    name: str | None = None,
+    *,
+    index_uri: str | None = None,
+    allowed_index_uris: Sequence[str] = (),
+    storage_options: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> list[CorruptIndex]:
+    """Read every byte of an index again and compare digests.
+
+    Parameters
+    ----------
+    dataset : str, path or lance.LanceDataset
+        The dataset.
+    name : str, optional
+        Index name; may be left out when there is one.
+    index_uri, allowed_index_uris, storage_options, progress
+        As for `open_index`.
+
+    Returns
+    -------
+    list of CorruptIndex
+        One error per damaged or missing file; empty when all is well.
+
+    Raises
+    ------
+    IndexNotFound, UntrustedLocation
+        As for `open_index`.
+    CorruptIndex
+        If a document is damaged, so that the files behind it are not known.
+    """
+    _, generation = _generation(dataset, name, index_uri, allowed_index_uris, storage_options)
+    meter = PhaseMeter(SilentProgress() if progress is None else progress, "verify")
+    faults = []
+    for entry in _files(generation):
+        try:
+            with VerifiedReader(generation.store, entry) as reader:
+                while chunk := reader.read(CHUNK_BYTES):
+                    meter.add(0, len(chunk))
+        except CorruptIndex as exc:
+            faults.append(exc)
+    meter.finish()
+    return faults
+
+
+def drop_index(
+    dataset: str | os.PathLike[str] | LanceDataset,
+    name: str,
+    *,
+    index_uri: str | None = None,
+    storage_options: Mapping[str, str] | None = None,
+) -> LanceDataset:
+    """Remove an index from the newest version of a dataset.
+
+    Older versions keep it, so its files stay; readers that have it open are not disturbed.
+
+    Parameters
+    ----------
+    dataset : str, path or lance.LanceDataset
+        The dataset.
+    name : str
+        Index name.
+    index_uri : str, optional
+        Where the index of a dataset that cannot be written was built.
+    storage_options : mapping, optional
+        For a dataset given by URI.
+
+    Returns
+    -------
+    lance.LanceDataset
+        The dataset, moved to the version without the index.
+
+    Raises
+    ------
+    IndexNotFound
+        Naming the indexes that exist.
+    CommitConflict
+        If another writer changed the index at the same time.
+    """
+    handle = open_dataset(dataset, storage_options=storage_options)
+    newest = PinnedDataset(handle).latest()
+    found = find_pointer(newest, name, index_uri)
+    publish(newest, name, None, expected=found.text, index_uri=index_uri)
+    handle.checkout_latest()
+    return handle
+
+
+def _generation(
+    dataset: str | os.PathLike[str] | LanceDataset,
+    name: str | None,
+    index_uri: str | None,
+    allowed: Sequence[str],
+    storage_options: Mapping[str, str] | None,
+) -> tuple[PinnedDataset, Generation]:
+    pinned = PinnedDataset(open_dataset(dataset, storage_options=storage_options))
+    found = find_pointer(pinned, name, index_uri)
+    trusted = (*allowed, *(() if index_uri is None else (index_uri,)))
+    return pinned, read_generation(pinned, found, trusted)
+
+
+def _files(generation: Generation) -> list[FileEntry]:
+    entries = [generation.manifest.model.file]
+    for record in generation.records:
+        entries += [entry for entry in (record.index, record.refine) if entry is not None]
+    return entries

@@ -1,0 +1,274 @@
+"""What a shard covers: its fragments as they were, its row ids, its gaps, and where its rows went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+
+from .runs import RunTable, RunTableJSON, check_ranges, run_table
+from .validation import MAX_INTEGER, Fields, Place, distinct, each, integer, optional, pair, positive, text
+
+__all__ = [
+    "Cover",
+    "CoverJSON",
+    "FragmentCover",
+    "FragmentCoverJSON",
+    "FragmentSignature",
+    "FragmentSignatureJSON",
+    "Remap",
+    "RemapJSON",
+    "check_fragments",
+]
+
+_ROW_ID_COLUMNS = 3
+_SKIPPED_COLUMNS = 2
+_REMAP_COLUMNS = 4
+
+
+class FragmentSignatureJSON(TypedDict):
+    """Stored form of a `FragmentSignature`; files are pairs of path and column index."""
+
+    files: list[list[str | int]]
+    overlays: list[str]
+
+
+class FragmentCoverJSON(TypedDict):
+    """Stored form of a `FragmentCover`."""
+
+    fragment_id: int
+    physical_rows: int
+    first_position: int
+    signature: FragmentSignatureJSON
+
+
+class RemapJSON(TypedDict):
+    """Stored form of a `Remap`."""
+
+    version: int
+    runs: RunTableJSON
+
+
+class CoverJSON(TypedDict):
+    """Stored form of a `Cover`."""
+
+    physical_rows: int
+    fragments: list[FragmentCoverJSON]
+    row_ids: RunTableJSON | None
+    skipped: RunTableJSON
+    remap: RemapJSON | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FragmentSignature:
+    """Where a fragment keeps the values of the indexed field: equal signatures, equal values.
+
+    Parameters
+    ----------
+    files : tuple of (str, int)
+        Path of each data file that holds the leaf field, and the field's column in it; sorted.
+    overlays : tuple of str
+        Descriptions of what is laid over those files, in order.
+    """
+
+    files: tuple[tuple[str, int], ...]
+    overlays: tuple[str, ...]
+
+    def to_json(self) -> FragmentSignatureJSON:
+        """Return the stored form."""
+        return {"files": [[path, column] for path, column in self.files], "overlays": list(self.overlays)}
+
+    @classmethod
+    def from_json(cls, value: object, place: Place) -> FragmentSignature:
+        """Parse the stored form, reporting problems to the place."""
+        fields = Fields(value, place, shape=FragmentSignatureJSON)
+        signature = cls(
+            files=fields.get("files", each(pair(text, integer))),
+            overlays=fields.get("overlays", each(text)),
+        )
+        if fields.clean and list(signature.files) != sorted(set(signature.files)):
+            place.at("files").report("expected sorted files without repetition")
+        return signature
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FragmentCover:
+    """One fragment within a shard.
+
+    Parameters
+    ----------
+    fragment_id : int
+        Lance's.
+    physical_rows : int
+        Rows in the fragment's files, deleted ones included.
+    first_position : int
+        Position of its first row in the shard.
+    signature : FragmentSignature
+        The fragment when it was read.
+    """
+
+    fragment_id: int
+    physical_rows: int
+    first_position: int
+    signature: FragmentSignature
+
+    def to_json(self) -> FragmentCoverJSON:
+        """Return the stored form."""
+        return {
+            "fragment_id": self.fragment_id,
+            "physical_rows": self.physical_rows,
+            "first_position": self.first_position,
+            "signature": self.signature.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, value: object, place: Place) -> FragmentCover:
+        """Parse the stored form, reporting problems to the place."""
+        fields = Fields(value, place, shape=FragmentCoverJSON)
+        return cls(
+            fragment_id=fields.get("fragment_id", integer),
+            physical_rows=fields.get("physical_rows", integer),
+            first_position=fields.get("first_position", integer),
+            signature=fields.get("signature", FragmentSignature.from_json),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remap:
+    """Where compactions have moved the rows of a shard.
+
+    Parameters
+    ----------
+    version : int
+        Dataset version at which this was proven.
+    runs : RunTable
+        Width 4: first position, fragment id, first offset in the fragment, length in rows.
+    """
+
+    version: int
+    runs: RunTable
+
+    def to_json(self) -> RemapJSON:
+        """Return the stored form."""
+        return {"version": self.version, "runs": self.runs.to_json()}
+
+    @classmethod
+    def from_json(cls, value: object, place: Place) -> Remap:
+        """Parse the stored form, reporting problems to the place."""
+        fields = Fields(value, place, shape=RemapJSON)
+        return cls(version=fields.get("version", positive), runs=fields.get("runs", run_table(_REMAP_COLUMNS)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cover:
+    """The rows of a shard.
+
+    Parameters
+    ----------
+    physical_rows : int
+        Positions of the shard: the sum over its fragments.
+    fragments : tuple of FragmentCover
+        In order of position.
+    row_ids : RunTable or None
+        Width 3: first position, first row id, length in rows. None without stable row ids.
+    skipped : RunTable
+        Width 2: first position, length in rows; the rows that have no entry in the index.
+    remap : Remap or None
+        None until a compaction has moved rows.
+    """
+
+    physical_rows: int
+    fragments: tuple[FragmentCover, ...]
+    row_ids: RunTable | None
+    skipped: RunTable
+    remap: Remap | None
+
+    @property
+    def fragment_ids(self) -> tuple[int, ...]:
+        """Ids of the fragments, in order of position."""
+        return tuple(fragment.fragment_id for fragment in self.fragments)
+
+    @property
+    def skipped_rows(self) -> int:
+        """Rows that have no entry in the index."""
+        return sum(self.skipped.rows[:, 1].tolist())
+
+    def to_json(self) -> CoverJSON:
+        """Return the stored form."""
+        return {
+            "physical_rows": self.physical_rows,
+            "fragments": [fragment.to_json() for fragment in self.fragments],
+            "row_ids": None if self.row_ids is None else self.row_ids.to_json(),
+            "skipped": self.skipped.to_json(),
+            "remap": None if self.remap is None else self.remap.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, value: object, place: Place) -> Cover:
+        """Parse the stored form, reporting problems to the place."""
+        fields = Fields(value, place, shape=CoverJSON)
+        cover = cls(
+            physical_rows=fields.get("physical_rows", integer),
+            fragments=fields.get("fragments", each(FragmentCover.from_json)),
+            row_ids=fields.get("row_ids", optional(run_table(_ROW_ID_COLUMNS))),
+            skipped=fields.get("skipped", run_table(_SKIPPED_COLUMNS)),
+            remap=fields.get("remap", optional(Remap.from_json)),
+        )
+        if fields.clean:
+            cover._check(place)
+        return cover
+
+    def _check(self, place: Place) -> None:
+        rows = check_fragments(self.fragments, place.at("fragments"))
+        if rows != self.physical_rows:
+            place.at("physical_rows").expected(f"{rows}, the sum over the fragments", self.physical_rows)
+        _check_positions(self.skipped, place.at("skipped"), self.physical_rows)
+        if self.row_ids is not None:
+            _check_row_ids(self.row_ids, place.at("row_ids"), self.physical_rows)
+        if self.remap is not None:
+            _check_remap(self.remap.runs, place.at("remap").at("runs"), self.physical_rows)
+
+
+def check_fragments(fragments: Sequence[FragmentCover], place: Place) -> int:
+    """Report fragments that come twice or do not follow one another; return the rows they hold.
+
+    Parameters
+    ----------
+    fragments : sequence of FragmentCover
+        All fragments of a shard.
+    place : Place
+        Of the list.
+    """
+    distinct([fragment.fragment_id for fragment in fragments], place, what="fragment")
+    end = 0
+    for at, fragment in enumerate(fragments):
+        if fragment.first_position != end:
+            expected = f"{end}, the end of the fragment before it" if at else "0 for the first fragment"
+            place.at(at).at("first_position").expected(expected, fragment.first_position)
+        # Going on from what is stated reports a wrong number once, not for all that follow.
+        end = fragment.first_position + fragment.physical_rows
+    return sum(fragment.physical_rows for fragment in fragments)
+
+
+def _check_positions(table: RunTable, place: Place, physical_rows: int) -> None:
+    check_ranges(table.rows[:, 0], table.rows[:, -1], place, limit=physical_rows, what="positions")
+
+
+def _check_row_ids(table: RunTable, place: Place, physical_rows: int) -> None:
+    _check_positions(table, place, physical_rows)
+    by_id = table.rows[np.argsort(table.rows[:, 1], kind="stable")]
+    # The last of all ids means "no row" in results, so no row can have it.
+    check_ranges(by_id[:, 1], by_id[:, 2], place, limit=MAX_INTEGER, what="row ids, in order of id")
+
+
+def _check_remap(table: RunTable, place: Place, physical_rows: int) -> None:
+    _check_positions(table, place, physical_rows)
+    rows = table.rows
+    by_target = rows[np.lexsort((rows[:, 2], rows[:, 1]))]
+    starts = np.flatnonzero(by_target[1:, 1] != by_target[:-1, 1]) + 1
+    for target in np.split(by_target, starts):
+        if len(target):
+            what = f"offsets in fragment {target[0, 1]}, in order of offset"
+            check_ranges(target[:, 2], target[:, 3], place, limit=MAX_INTEGER, what=what)

@@ -1,0 +1,1 @@
+"""`dataset()`: a LanceDataset whose vector search goes through this package's indexes."""

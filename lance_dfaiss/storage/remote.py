@@ -1,0 +1,222 @@
+"""Files behind any fsspec URL: buckets other than the dataset's, file servers, memory."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+from fsspec.core import url_to_fs
+
+from ..errors import InvalidArgument, UntrustedLocation
+from .base import (
+    StoredFile,
+    check_name,
+    check_prefix,
+    check_range,
+    join,
+    listing,
+    missing_file,
+    name_taken,
+    probe_errors,
+    public_url,
+    storage_errors,
+    temporary_name,
+    too_long,
+    too_short,
+    without_credentials,
+    write_through,
+)
+
+__all__ = ["FsspecStore"]
+
+_OBJECT_STORES: Final = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci"})
+"""Protocols whose uploads appear complete or not at all, and where renaming would copy the bytes."""
+
+
+class FsspecStore:
+    """A folder behind an fsspec URL.
+
+    Parameters
+    ----------
+    url : str
+        Any URL that fsspec and an installed backend understand, unchained.
+    storage_options : Mapping[str, str] or None
+        Passed to the backend.
+
+    Raises
+    ------
+    UntrustedLocation
+        The URL is chained (``a::b``): what it reads cannot be told from how it begins.
+    InvalidArgument
+        No installed backend understands the URL.
+    """
+
+    def __init__(self, url: str, storage_options: Mapping[str, str] | None = None) -> None:
+        refuse_chained(url)
+        self._location = public_url(url)
+        try:
+            self._fs, root = url_to_fs(url, **dict(storage_options or {}))
+        except (ImportError, ValueError) as exc:
+            raise InvalidArgument(
+                f"{self._location} cannot be opened ({without_credentials(str(exc))})",
+                remedy="Install the fsspec backend of this protocol, or correct the URL or storage_options",
+                parameter="url",
+                value=self._location,
+            ) from exc
+        self._root: str = root.rstrip("/")
+        protocol = self._fs.protocol
+        self._is_object_store = not _OBJECT_STORES.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
+
+    def __repr__(self) -> str:
+        return f"FsspecStore({self.location!r})"
+
+    @property
+    def location(self) -> str:
+        """The URL, without credentials."""
+        return self._location
+
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        """Read exactly ``length`` bytes; see `Store.read_range`."""
+        path, where = self._path(name), join(self.location, name)
+        check_range(offset, length)
+        if not length:  # an empty range cannot be asked for over HTTP
+            self._info(name)
+            return b""
+        with storage_errors(where, writing=False):
+            try:
+                data: bytes = self._fs.cat_file(path, start=offset, end=offset + length)
+            except FileNotFoundError:
+                raise
+            except OSError:
+                # Object stores refuse a range that begins behind the end; that is a short file, no outage.
+                if self._info(name)["size"] > offset:
+                    raise
+                data = b""
+        if len(data) < length:
+            found = f"{self._info(name)['size']} bytes"
+            raise too_short(where, expected_bytes=offset + length, found=found)
+        return data
+
+    def read(self, name: str, *, max_bytes: int) -> bytes:
+        """Read a whole small file; see `Store.read`."""
+        found = self._info(name)["size"]
+        if found > max_bytes:
+            raise too_long(join(self.location, name), max_bytes=max_bytes, found=f"{found} bytes")
+        return self.read_range(name, 0, found)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file; see `Store.write`."""
+        write_through(self, name, data)
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[Path]:
+        """Give a local temporary path, and upload it at the end; see `Store.create`."""
+        path, where = self._path(name), join(self.location, name)
+        self._refuse_taken(name)
+        with storage_errors(where, writing=True):
+            workplace = tempfile.TemporaryDirectory(prefix="lance-dfaiss-")
+        with workplace as folder:
+            local = Path(folder, "file")
+            local.touch()
+            yield local
+            # Names are unique by construction (they hold the uuid of the generation and of the attempt), so
+            # looking first is enough where the backend cannot write conditionally.
+            self._refuse_taken(name)
+            with storage_errors(where, writing=True):
+                if self._is_object_store:
+                    self._fs.put_file(str(local), path, **self._exclusively())
+                else:
+                    self._put_and_rename(local, path)
+
+    def list(self, prefix: str) -> list[StoredFile]:
+        """List a folder; see `Store.list`."""
+        folder = check_prefix(prefix)
+        path = f"{self._root}/{folder}".rstrip("/") or "/"
+        with storage_errors(join(self.location, folder), writing=False):
+            self._fs.invalidate_cache()
+            try:
+                self._fs.ls(path, detail=False)  # because find() takes an outage for an empty folder
+            except FileNotFoundError:
+                return []
+            found = self._fs.find(path, detail=True).items()
+            skip = len(self._root) + 1
+            return listing(((full[skip:], info.get("size")) for full, info in found), folder)
+
+    def exists(self, name: str) -> bool:
+        """Tell whether there is such a file."""
+        path = self._path(name)
+        with storage_errors(join(self.location, name), writing=False):
+            self._fs.invalidate_cache()
+            try:
+                # Not fs.exists(): that takes every failure for an absence.
+                return bool(self._fs.info(path)["type"] == "file")
+            except FileNotFoundError:
+                return False
+
+    def length_bytes(self, name: str) -> int | None:
+        """Tell the length of a file; see `Store.length_bytes`."""
+        length: int | None = self._info(name)["size"]
+        return length
+
+    def delete(self, name: str) -> None:
+        """Delete a file; a missing one is fine."""
+        path = self._path(name)
+        with storage_errors(join(self.location, name), writing=True), suppress(FileNotFoundError):
+            self._fs.rm_file(path)
+
+    def check_writable(self) -> None:
+        """Write an empty file and delete it; see `Store.check_writable`."""
+        folder = self._root
+        with probe_errors(self.location):
+            while not self._is_object_store and folder and not self._fs.exists(folder):
+                folder = folder.rpartition("/")[0]
+            probe = f"{folder}/{temporary_name()}"
+            self._fs.pipe_file(probe, b"")
+        with storage_errors(self.location, writing=True):
+            self._fs.rm_file(probe)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{check_name(name)}"
+
+    def _info(self, name: str) -> dict[str, Any]:
+        path, where = self._path(name), join(self.location, name)
+        with storage_errors(where, writing=False):
+            self._fs.invalidate_cache()
+            info: dict[str, Any] = self._fs.info(path)
+        if info["type"] != "file":
+            raise missing_file(where)
+        return info
+
+    def _refuse_taken(self, name: str) -> None:
+        if self.exists(name):
+            raise name_taken(join(self.location, name))
+
+    def _exclusively(self) -> dict[str, str]:
+        # Backends without the parameter would ignore it, or hand it on to a call that refuses it.
+        return {"mode": "create"} if "mode" in inspect.signature(self._fs.put_file).parameters else {}
+
+    def _put_and_rename(self, local: Path, path: str) -> None:
+        # On a file server an upload is visible while it grows, and stays in part when the writer dies.
+        folder = path.rpartition("/")[0]
+        self._fs.makedirs(folder, exist_ok=True)
+        temporary = f"{folder}/{temporary_name()}"
+        try:
+            self._fs.put_file(str(local), temporary)
+            self._fs.mv(temporary, path)
+        except BaseException:  # whatever ends the upload must not leave half of it behind
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(temporary)
+            raise
+
+
+def refuse_chained(url: str) -> None:
+    """Raise `UntrustedLocation` for a chained fsspec URL."""
+    if "::" in url:
+        where = public_url(url)
+        raise UntrustedLocation(
+            f"{where} is a chained URL, which is not followed", remedy="Name the place itself", location=where
+        )

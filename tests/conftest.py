@@ -1,0 +1,35 @@
+"""What every test shares: how hard hypothesis tries, and that nothing is left running."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, is_hypothesis_test, settings
+
+# The machines that run this are shared and slow at times: a slow example says nothing about the code.
+_SHARED = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+
+settings.register_profile("ci", _SHARED, derandomize=True, max_examples=30)
+settings.register_profile("nightly", _SHARED, max_examples=1_000)
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
+settings.load_profile(PROFILE)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the nightly run take in every property test, with its many more examples."""
+    if PROFILE == "nightly":
+        for item in items:
+            if is_hypothesis_test(getattr(item, "obj", None)):
+                item.add_marker("nightly")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_left() -> Iterator[None]:
+    """Fail the module that leaves a worker process behind."""
+    yield
+    left = multiprocessing.active_children()
+    assert not left, f"processes still running: {left}"

@@ -1,0 +1,57 @@
+"""The examples run as a user runs them: as a program, from the root of a checkout."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "examples" / "data"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "examples/demo.py", "--into", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "words.lance").is_dir()
+    return done.stdout
+
+
+def test_the_demo_finds_nearly_all_true_neighbours(report: str) -> None:
+    measured = re.search(r"recall@10 against exact search: (\d\.\d+)", report)
+    assert measured is not None, report
+    assert 0.9 <= float(measured[1]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("word", "neighbour"), [("volcano", "volcanic"), ("violin", "violin family"), ("whale", "cetacean")]
+)
+def test_the_demo_finds_what_a_person_expects(report: str, word: str, neighbour: str) -> None:
+    paragraph = report.split(f"Nearest to '{word}'\n")[1].split("\n\n")[0]
+    assert re.search(rf"^  0\.\d+  \w+ +{neighbour}\b", paragraph, flags=re.MULTILINE), paragraph
+
+
+def test_the_demo_measures_speed(report: str) -> None:
+    speeds = [float(found.replace(",", "")) for found in re.findall(r"([\d,]+) queries per second", report)]
+    assert len(speeds) == 2
+    assert all(speed > 0 for speed in speeds)
+
+
+def test_the_demo_data_is_what_its_provenance_says() -> None:
+    vectors, queries = np.load(DATA / "vectors.f16.npy"), np.load(DATA / "queries.f16.npy")
+    assert (vectors.shape, vectors.dtype) == ((12_000, 384), np.float16)
+    assert (queries.shape, queries.dtype) == ((200, 384), np.float16)
+    # float16 rounds each of 384 components by up to 1 part in 2048.
+    np.testing.assert_allclose(np.linalg.norm(vectors.astype(np.float32), axis=1), 1, atol=1e-3)
+    rows = pq.read_table(DATA / "rows.parquet")
+    assert rows.column_names == ["synset", "lemma", "words", "pos", "lex"]
+    assert len(set(rows["synset"].to_pylist())) == rows.num_rows == 12_000
+    assert sum(path.stat().st_size for path in DATA.iterdir()) < 12_000_000

@@ -1,0 +1,64 @@
+"""Documents written by every released format are read for ever, and written back unchanged."""
+
+from __future__ import annotations
+
+import base64
+import re
+import zlib
+
+import numpy as np
+import pytest
+
+from lance_dfaiss.manifest import BuildPlan, Manifest, ModelRecord, Pointer, Remap, RunTable, ShardRecord, encode
+from lance_dfaiss.spec import SearchOptions
+from tests.manifest.golden_documents import DECODERS, GOLDEN, KINDS, golden_bytes
+
+_MODELS = {"manifest": Manifest, "model": ModelRecord, "plan": BuildPlan, "pointer": Pointer, "shard": ShardRecord}
+
+
+def _inflated(document: bytes) -> bytes:
+    # zlib's implementations deflate differently; what they deflate is what counts.
+    return re.sub(
+        rb'(?<="data":")[^"]+', lambda data: zlib.decompress(base64.b64decode(data[0])).hex().encode(), document
+    )
+
+
+def test_there_is_one_golden_document_of_each_kind() -> None:
+    assert sorted(path.name for path in GOLDEN.iterdir()) == ["PROVENANCE.md", "v1"]
+    assert sorted(path.name for path in (GOLDEN / "v1").iterdir()) == [f"{kind}.json" for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_golden_documents_are_read_and_written_back_to_the_same_bytes(kind: str) -> None:
+    document = DECODERS[kind](golden_bytes(kind), location="golden")
+    assert type(document) is _MODELS[kind]
+    assert _inflated(encode(document)) == _inflated(golden_bytes(kind))
+
+
+def test_the_golden_shard_says_what_was_put_into_it() -> None:
+    record = DECODERS["shard"](golden_bytes("shard"), location="golden")
+    assert isinstance(record, ShardRecord)
+    assert record.cover.fragment_ids == (0, 2)
+    assert record.cover.fragments[1].signature.files == (("data/2.lance", 3),)
+    assert record.cover.fragments[1].signature.overlays == ("overlay-1",)
+    assert record.cover.row_ids == RunTable.of([[0, 5000, 1000], [1000, 0, 2000]])
+    np.testing.assert_array_equal(record.cover.skipped.rows, [[10, 2], [2500, 3]])
+    assert record.cover.remap == Remap(
+        version=21, runs=RunTable.of([[0, 7, 0, 10], [12, 7, 10, 988], [1000, 8, 0, 2000]])
+    )
+    assert record.cover.skipped_rows == record.skipped.total == 5
+    assert [entry.name.split(".", 1)[1] for entry in record.files] == ["faiss", "refine.faiss", "check.npz"]
+
+
+def test_the_golden_plan_and_manifest_say_what_was_put_into_them() -> None:
+    plan = DECODERS["plan"](golden_bytes("plan"), location="golden")
+    assert isinstance(plan, BuildPlan)
+    assert [(task.fragment_ids, task.physical_rows) for task in plan.tasks] == [((0, 2), 3000), ((1,), 500)]
+    document = DECODERS["manifest"](golden_bytes("manifest"), location="golden")
+    assert isinstance(document, Manifest)
+    assert document.spec == plan.spec
+    assert document.dataset == plan.dataset
+    assert document.dataset.uri == "s3://bucket/wörter.lance"
+    assert document.statistics.seconds == (("train", 12.5), ("encode", 30.0))
+    assert document.recall is not None
+    assert document.recall.defaults == SearchOptions(nprobe=16, k_factor=4)
