@@ -36,6 +36,7 @@ Messages say what was expected, what was found, and what to do.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 __all__ = [
@@ -90,7 +91,7 @@ class DfaissError(Exception):
     remedy: str
 
     def __init__(self, message: str, *, remedy: str = "", **facts: Any) -> None:
-        known = {name for cls in type(self).__mro__ for name in cls.__dict__.get("__annotations__", {})}
+        known = {name for cls in type(self).__mro__ for name in inspect.get_annotations(cls)}
         unknown = sorted(set(facts) - known)
         if unknown:
             raise TypeError(f"{type(self).__name__} has no fact named {', '.join(unknown)}")

@@ -6,6 +6,7 @@ samples come in blocks of neighbouring rows, never as scattered single ones.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from .storage import FolderSession, LocalStore, SessionStore, Store
 from .types import POINTER_PREFIX, ROW_ID_COLUMN, SIDECAR, Float32Array, Int64Array, Metric, UInt64Array
 from .vectors import VectorType, decode_vectors, vector_type
 
-__all__ = ["Block", "LanceDataset", "PinnedDataset", "Sample", "VectorColumn", "open_dataset"]
+__all__ = ["Block", "LanceDataset", "PinnedDataset", "Sample", "VectorColumn", "move_to_latest", "open_dataset"]
 
 # Scanner batches: smaller ones cost throughput, larger ones memory (measured with pylance 14).
 _MIN_BATCH_ROWS, _MAX_BATCH_ROWS = 1_024, 4_096
@@ -156,6 +157,11 @@ def open_dataset(
             parameter="dataset",
             value=uri,
         ) from exc
+
+
+def move_to_latest(dataset: LanceDataset) -> None:
+    """Move a handle to the newest version of its branch, in place."""
+    cast("Any", dataset).checkout_latest()
 
 
 class PinnedDataset:
@@ -356,7 +362,7 @@ class PinnedDataset:
         dataset = self._dataset
         if self.root != dataset.uri:
             dataset = lance.dataset(self.root, storage_options=dataset.latest_storage_options())
-        return SessionStore(FolderSession(dataset.new_file_session(), SIDECAR), f"{self.root}/{SIDECAR}")
+        return SessionStore(FolderSession(cast("Any", dataset).new_file_session(), SIDECAR), f"{self.root}/{SIDECAR}")
 
     def commit_pointer(self, name: str, expected: str | None, value: str | None, *, ours: str) -> None:
         """Set or delete the pointer of an index, if it is still what the caller saw.
@@ -420,7 +426,7 @@ class PinnedDataset:
 
     def _fresh(self) -> LanceDataset:
         fresh = self._dataset.checkout_version(self.version)
-        fresh.checkout_latest()
+        move_to_latest(fresh)
         return fresh
 
     def _fragment(self, fragment_id: int) -> Any:
@@ -475,7 +481,7 @@ def _decode_batch(batch: pa.RecordBatch, column: VectorColumn, metric: Metric) -
     row_ids = batch[ROW_ID_COLUMN].to_numpy() if ROW_ID_COLUMN in batch.schema.names else addresses
     fragments = (addresses >> np.uint64(32)).astype(np.int64)
     borders = [0, *(np.flatnonzero(np.diff(fragments)) + 1).tolist(), len(addresses)]
-    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+    for start, stop in itertools.pairwise(borders):
         if start == stop:
             continue
         decoded = decode_vectors(batch.column(0)[start:stop], column.dim, metric, column=column.name)

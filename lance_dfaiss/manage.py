@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import CorruptIndex, DatasetChanged
-from .lance_io import LanceDataset, PinnedDataset, open_dataset
+from .lance_io import LanceDataset, PinnedDataset, move_to_latest, open_dataset
 from .manifest import FileEntry, Manifest, Pointer
 from .pointers import find_pointer, list_pointers, publish
 from .progress import PhaseMeter, Progress, SilentProgress
@@ -200,7 +200,7 @@ def drop_index(
     newest = PinnedDataset(handle).latest()
     found = find_pointer(newest, name, index_uri)
     publish(newest, name, None, expected=found.text, index_uri=index_uri)
-    handle.checkout_latest()
+    move_to_latest(handle)
     return handle
 
 

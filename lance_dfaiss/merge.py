@@ -52,7 +52,7 @@ def order_ties(distances: Float32Array, row_ids: UInt64Array) -> tuple[Float32Ar
         uint64, same shape.
     """
     # Ties are rare: look before sorting.
-    if not (distances[:, 1:] <= distances[:, :-1]).any():
+    if not np.less_equal(distances[:, 1:], distances[:, :-1]).any():
         return distances, row_ids
     order = np.lexsort((row_ids, distances), axis=1)
     return np.take_along_axis(distances, order, axis=1), np.take_along_axis(row_ids, order, axis=1)

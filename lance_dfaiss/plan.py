@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -495,7 +496,7 @@ def _divide(rows: Sequence[int], count: int) -> list[tuple[int, int]]:
             start = index
         seen += size
     borders.append(len(rows))
-    return list(zip(borders[:-1], borders[1:], strict=True))
+    return list(itertools.pairwise(borders))
 
 
 def _task(ordinal: int, fragments: Sequence[FragmentState]) -> ShardTask:

@@ -186,7 +186,8 @@ def _location(pinned: PinnedDataset, name: str) -> str:
 
 def _lost(name: str, ours: str, found: str | None) -> CommitConflict:
     return CommitConflict(
-        f"index {name!r} was changed by another writer while generation {ours} was built; now there is {found or 'none'}",
+        f"index {name!r} was changed by another writer while generation {ours} was built;"
+        f" now there is {found or 'none'}",
         remedy="The other index is untouched. Open it, or build again with replace=True",
         name=name,
         ours=ours,

@@ -99,7 +99,7 @@ def load_shard(
     if ivf is not None:
         placeholder = ivf.quantizer
         ivf.own_fields = False
-        ivf.quantizer = ivf_of(model.base).quantizer
+        ivf.quantizer = model.quantizer
         placeholder.this.own(True)  # the read placeholder goes away with this name
     elif index.ntotal != physical_rows:
         raise _wrong_size(store, base, index.ntotal, physical_rows)
@@ -117,9 +117,8 @@ def load_shard(
 
 def _write(index: Any, store: Store, name: str) -> FileEntry:
     with store.create(name) as path:
-        with HashingWriter(path) as writer:
-            with _faiss_errors(f"writing {name}", StorageError, name, writer):
-                faiss.write_index(index, faiss.PyCallbackIOWriter(writer.write, _CALLBACK_BYTES))
+        with HashingWriter(path) as writer, _faiss_errors(f"writing {name}", StorageError, name, writer):
+            faiss.write_index(index, faiss.PyCallbackIOWriter(writer.write, _CALLBACK_BYTES))
         return writer.entry(name)
 
 

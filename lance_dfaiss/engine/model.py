@@ -73,6 +73,12 @@ class Model:
         ivf = ivf_of(self.base)
         return 0 if ivf is None else int(ivf.nlist)
 
+    @property
+    def quantizer(self) -> Any:
+        """Coarse quantizer, which every shard shares; None without lists."""
+        ivf = ivf_of(self.base)
+        return None if ivf is None else ivf.quantizer
+
     def coarse_error(self, vectors: Float32Array) -> float | None:
         """Return the mean squared distance of prepared vectors to their centroid.
 
@@ -226,7 +232,7 @@ def _train_transforms(base: Any, sample: Float32Array) -> None:
         if not transform.is_trained:
             if len(seen) < transform.d_out:
                 raise InsufficientData(
-                    f"a transform to {transform.d_out} dimensions needs {transform.d_out} training rows, found {len(seen)}",
+                    f"a transform to {transform.d_out} dimensions needs as many training rows, found {len(seen)}",
                     remedy="Use fewer dimensions, or a factory without the transform",
                     rows=len(seen),
                     needed=int(transform.d_out),

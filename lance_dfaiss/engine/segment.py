@@ -139,8 +139,12 @@ class Segment:
         params = self._params(nprobe, max(ef, k * k_factor), k_factor, mask)
         if self._rescored and len(queries) >= _BLAS_QUERIES:
             return self._search_rescored(queries, k, params)
-        found: tuple[Float32Array, Int64Array] = self._searched.search(queries, k, params=params)
-        return found
+        # Straight to the C++ method: FAISS's own wrapper checks again what is known here.
+        distances = np.empty((len(queries), k), dtype=np.float32)
+        positions = np.empty((len(queries), k), dtype=np.int64)
+        pointer = faiss.swig_ptr
+        self._searched.search_c(len(queries), pointer(queries), k, pointer(distances), pointer(positions), params)
+        return distances, positions
 
     def candidates(
         self, queries: Float32Array, count: int, widths: Sequence[int], mask: Mask | None = None

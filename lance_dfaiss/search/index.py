@@ -347,9 +347,16 @@ class Index:
         parts = []
         for first, segment, mask in self._segments:
             raw, positions = segment.search(queries, k, nprobe=nprobe, ef=ef, k_factor=k_factor, mask=mask)
+            # FAISS fills up with -1, always at the end of a query's results.
+            missing = positions < 0 if (positions[:, -1] < 0).any() else None
             if first:
-                positions = np.where(positions < 0, -1, positions + first)
-            parts.append((_lance_distances(raw, positions, self._metric), self._snapshot.row_ids.row_ids(positions)))
+                positions = positions + first
+            row_ids = self._snapshot.row_ids.row_ids(positions)
+            distances = _lance_distances(raw, self._metric)
+            if missing is not None:
+                distances[missing] = np.inf
+                row_ids[missing] = MISSING_ROW_ID
+            parts.append((distances, row_ids))
         if len(parts) == 1:
             return order_ties(*parts[0])
         return merge_topk(parts, k)
@@ -424,16 +431,9 @@ def _mask(snapshot: Snapshot, first: int, segment: Segment) -> Mask | None:
     return None if live.all() else Mask(live)
 
 
-def _lance_distances(raw: Float32Array, positions: Int64Array, metric: Metric) -> Float32Array:
-    """Turn FAISS's values into Lance's, in place; FAISS marks missing results by position -1."""
-    if metric == "l2":
-        np.maximum(raw, 0, out=raw)
-    else:
-        np.subtract(1, raw, out=raw)
-    missing = positions < 0
-    if missing.any():
-        raw[missing] = np.inf
-    return raw
+def _lance_distances(raw: Float32Array, metric: Metric) -> Float32Array:
+    """Turn FAISS's values into Lance's, in place."""
+    return np.maximum(raw, 0, out=raw) if metric == "l2" else np.subtract(1, raw, out=raw)
 
 
 def _checked_k(k: int) -> int:

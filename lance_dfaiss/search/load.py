@@ -62,8 +62,8 @@ def read_generation(pinned: PinnedDataset, found: FoundPointer, allowed: Sequenc
         if pointer.where != IN_DATASET or pointer.root == pinned.root:
             raise
         raise MissingFile(
-            f"the manifest of index {found.name!r} is not at {store.location}: this dataset is a copy of {pointer.root},"
-            " and copying a dataset leaves its index behind",
+            f"the manifest of index {found.name!r} is not at {store.location}: this dataset is a copy of"
+            f" {pointer.root}, and copying a dataset leaves its index behind",
             remedy="Copy its _dfaiss folder too, or build the index here with create_index(..., replace=True)",
             location=store.location,
         ) from exc

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..errors import DatasetChanged
 from ..manifest import Cover
 from ..plan import FragmentState
-from ..types import MISSING_ROW_ID, Int64Array, UInt64Array
+from ..types import Int64Array, UInt64Array
 
 __all__ = ["RowIdMap", "Snapshot", "fragments_to_read", "resolve_snapshot"]
 
@@ -35,12 +35,12 @@ class RowIdMap:
         self._positions = first_positions
         self._row_ids = first_row_ids
         self._lengths = lengths
-        # Unsigned arithmetic wraps around, so one difference per run serves both directions.
-        self._shift = first_row_ids - first_positions.astype(np.uint64)
+        # Two's complement wraps around, so signed sums give the right unsigned row ids.
+        self._shift = first_row_ids.view(np.int64) - first_positions
         self._by_row_id = np.argsort(first_row_ids, kind="stable")
 
     def row_ids(self, positions: Int64Array) -> UInt64Array:
-        """Return the row ids of positions; `MISSING_ROW_ID` for -1.
+        """Return the row ids of positions; for -1 some number.
 
         Parameters
         ----------
@@ -48,14 +48,9 @@ class RowIdMap:
             int64, any shape; every one -1 or covered by a run.
         """
         if len(self._positions) == 1:
-            found = positions.astype(np.uint64) + self._shift[0]
-        else:
-            run = self._positions.searchsorted(positions, side="right") - 1
-            found = positions.astype(np.uint64) + self._shift[run]
-        missing = positions < 0
-        if missing.any():
-            found[missing] = MISSING_ROW_ID
-        return found
+            return (positions + self._shift[0]).view(np.uint64)
+        run = self._positions.searchsorted(positions, side="right")
+        return (positions + self._shift[run - 1]).view(np.uint64)
 
     def positions(self, row_ids: UInt64Array) -> Int64Array:
         """Return the positions of row ids, -1 for those that are not covered.
