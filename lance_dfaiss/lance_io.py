@@ -20,7 +20,7 @@ from lance import LanceDataset
 from lance.dataset import serialize_row_addrs
 
 from .errors import CommitConflict, InsufficientData, InvalidArgument, ReadOnlyStorage, StorageError, UnknownColumn
-from .manifest import FragmentSignature
+from .manifest import FragmentSignature, Pointer
 from .plan import FragmentState
 from .storage import FolderSession, LocalStore, SessionStore, Store
 from .types import POINTER_PREFIX, ROW_ID_COLUMN, SIDECAR, Float32Array, Int64Array, Metric, UInt64Array
@@ -84,7 +84,7 @@ class Block:
     offsets : numpy.ndarray
         int64 ``(n,)`` physical offsets of the usable rows.
     vectors : numpy.ndarray
-        float32 ``(n, dim)``, writable.
+        float32 ``(n, dim)``, perhaps a read-only view of the scanner's memory.
     row_offsets, row_ids : numpy.ndarray
         int64 and uint64 ``(live,)``: offset and row id of every live row, usable or not.
     null, non_finite, zero : int
@@ -452,16 +452,18 @@ class PinnedDataset:
         return ids[which] if len(rows) else np.zeros(0, dtype=np.int64), offsets
 
     def _list_length(self, name: str) -> int:
-        scanner = self._dataset.scanner(columns=[name], filter=f"{name} is not null", limit=1)
-        table = scanner.to_table()
-        if not table.num_rows:
-            raise InsufficientData(
-                f"column {name!r} holds no vector to tell the dimension by",
-                remedy="Write vectors first, or use a FixedSizeList column",
-                rows=0,
-                needed=1,
-            )
-        return len(table.column(0)[0])
+        # No filter: a name that is no SQL identifier would have to be quoted in one.
+        scanner = self._dataset.scanner(columns=[name], batch_size=_MIN_BATCH_ROWS, io_buffer_size=_IO_BUFFER_BYTES)
+        for batch in scanner.to_batches():
+            present = batch.column(0).drop_null()
+            if len(present):
+                return len(present[0])
+        raise InsufficientData(
+            f"column {name!r} holds no vector to tell the dimension by",
+            remedy="Write vectors first, or use a FixedSizeList column",
+            rows=0,
+            needed=1,
+        )
 
     def _column_error(self, wanted: Any, exc: Exception) -> Exception:
         names = list(wanted) if wanted is not None and not isinstance(wanted, dict) else []
@@ -590,9 +592,10 @@ def _local_path(uri: str) -> Path | None:
 
 
 def _conflict(name: str, ours: str, found: str | None) -> CommitConflict:
-    theirs = found or "no generation (it was dropped)"
+    theirs = "" if found is None else Pointer.from_text(found, location=f"metadata key {POINTER_PREFIX}{name}").generation
     return CommitConflict(
-        f"index {name!r} was changed by another writer while generation {ours} was built; the dataset now has {theirs}",
+        f"index {name!r} was changed by another writer while generation {ours} was built; the dataset now has"
+        f" {f'generation {theirs}' if theirs else 'no such index: it was dropped'}",
         remedy="The other index is untouched. Open it, or build again with replace=True",
         name=name,
         ours=ours,

@@ -48,6 +48,9 @@ _PQ_CODEWORDS = 256
 _LIST_SLACK = 2.0
 _GRAPH_SLACK = 2.0
 
+# Blocks in flight, scores of the held-out queries, and what the allocator does not give back.
+_WORKING_BYTES = 64 * 1024 * 1024
+
 # The sample may take half of the budget: residuals of it are the other half.
 _SAMPLE_SHARE = 0.5
 
@@ -253,7 +256,7 @@ def encode_peak_bytes(cost: RowCost, rows: int) -> int:
     else:
         held = int(rows * (cost.code_bytes + cost.link_bytes) * _GRAPH_SLACK)
     # The model, and the clone of it that is filled.
-    return held + rows * cost.refine_bytes + 2 * cost.fixed_bytes
+    return held + rows * cost.refine_bytes + 2 * cost.fixed_bytes + _WORKING_BYTES
 
 
 def plan_tasks(

@@ -16,7 +16,15 @@ from .manifest import Pointer
 from .storage import Store, open_store
 from .types import POINTER_PREFIX
 
-__all__ = ["IN_DATASET", "FoundPointer", "find_pointer", "generation_store", "list_pointers", "publish"]
+__all__ = [
+    "IN_DATASET",
+    "FoundPointer",
+    "find_pointer",
+    "find_text",
+    "generation_store",
+    "pointer_texts",
+    "publish",
+]
 
 IN_DATASET = "dataset"
 """Value of `Pointer.where` for generations in the dataset's own folder."""
@@ -44,8 +52,11 @@ class FoundPointer:
     text: str
 
 
-def list_pointers(pinned: PinnedDataset, index_uri: str | None = None) -> list[FoundPointer]:
-    """Return the pointers of all indexes of a dataset version, by name."""
+def pointer_texts(pinned: PinnedDataset, index_uri: str | None = None) -> dict[str, str]:
+    """Return the pointers of all indexes of a dataset version as stored, by name.
+
+    They are not decoded: one that is damaged or of a newer format hides no other, and can be dropped.
+    """
     found = {
         key.removeprefix(POINTER_PREFIX): text
         for key, text in pinned.metadata.items()
@@ -58,10 +69,7 @@ def list_pointers(pinned: PinnedDataset, index_uri: str | None = None) -> list[F
             text = _latest_file(store, encoded)[1]
             if text is not None:
                 found[bytes.fromhex(encoded).decode()] = text
-    return [
-        FoundPointer(name=name, pointer=Pointer.from_text(text, location=_location(pinned, name)), text=text)
-        for name, text in sorted(found.items())
-    ]
+    return dict(sorted(found.items()))
 
 
 def find_pointer(pinned: PinnedDataset, name: str | None, index_uri: str | None = None) -> FoundPointer:
@@ -80,14 +88,21 @@ def find_pointer(pinned: PinnedDataset, name: str | None, index_uri: str | None 
     ------
     IndexNotFound
         Naming the indexes that exist.
+    CorruptIndex
+        If the pointer itself is damaged, or of a newer format.
     """
-    found = list_pointers(pinned, index_uri)
-    names = tuple(entry.name for entry in found)
+    name, text = find_text(pinned, name, index_uri)
+    return FoundPointer(name=name, pointer=Pointer.from_text(text, location=_location(pinned, name)), text=text)
+
+
+def find_text(pinned: PinnedDataset, name: str | None, index_uri: str | None = None) -> tuple[str, str]:
+    """Return the name and the stored pointer of one index, not decoded; see `find_pointer`."""
+    found = pointer_texts(pinned, index_uri)
+    names = tuple(found)
     if name is None and len(found) == 1:
-        return found[0]
-    for entry in found:
-        if entry.name == name:
-            return entry
+        return names[0], found[names[0]]
+    if name is not None and name in found:
+        return name, found[name]
     wanted = "which index to use was not said" if name is None else f"there is no index {name!r}"
     remedy = f"It has {', '.join(map(repr, names))}" if names else "It has none: build one with create_index"
     raise IndexNotFound(
@@ -185,11 +200,12 @@ def _location(pinned: PinnedDataset, name: str) -> str:
 
 
 def _lost(name: str, ours: str, found: str | None) -> CommitConflict:
+    theirs = "" if found is None else Pointer.from_text(found, location=f"pointer of index {name!r}").generation
     return CommitConflict(
-        f"index {name!r} was changed by another writer while generation {ours} was built;"
-        f" now there is {found or 'none'}",
+        f"index {name!r} was changed by another writer while generation {ours} was built; now there is"
+        f" {f'generation {theirs}' if theirs else 'no such index: it was dropped'}",
         remedy="The other index is untouched. Open it, or build again with replace=True",
         name=name,
         ours=ours,
-        theirs=found or "",
+        theirs=theirs,
     )

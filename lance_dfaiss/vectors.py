@@ -57,7 +57,7 @@ class DecodedVectors:
     Parameters
     ----------
     values : numpy.ndarray
-        float32 ``(n, dim)``; whatever lies under a bad row.
+        float32 ``(n, dim)``, perhaps a read-only view of the Arrow memory; anything may lie under a bad row.
     null, non_finite, zero : numpy.ndarray
         bool ``(n,)``: the row or one of its elements is null; it holds NaN or Inf, or is too large for
         float32 distances; its length is zero and the metric is cosine. At most one is true for a row.
@@ -115,7 +115,6 @@ def decode_vectors(array: pa.Array, dim: int, metric: Metric, *, column: str = "
     Returns
     -------
     DecodedVectors
-        Its values are a fresh, writable array.
 
     Raises
     ------
@@ -236,7 +235,7 @@ def _uniform_elements(
 
 
 def _float32(elements: pa.Array) -> tuple[Float32Array, NDArray[np.bool_] | None]:
-    """Return elements as fresh float32 values, and which are null (None when none is)."""
+    """Return elements as float32 values, and which are null (None when none is)."""
     missing = np.asarray(elements.is_null()) if elements.null_count else None
     if isinstance(elements, pa.ExtensionArray) or pa.types.is_fixed_size_binary(elements.type):
         storage = elements.storage if isinstance(elements, pa.ExtensionArray) else elements
@@ -245,7 +244,7 @@ def _float32(elements: pa.Array) -> tuple[Float32Array, NDArray[np.bool_] | None
     if missing is not None:
         elements = elements.fill_null(0)
     with np.errstate(over="ignore"):
-        return elements.to_numpy(zero_copy_only=False).astype(np.float32), missing
+        return elements.to_numpy(zero_copy_only=False).astype(np.float32, copy=False), missing
 
 
 def _unsupported(column: str, arrow_type: pa.DataType, reason: str, instead: str = "") -> UnsupportedColumn:

@@ -100,7 +100,10 @@ def load_shard(
         placeholder = ivf.quantizer
         ivf.own_fields = False
         ivf.quantizer = model.quantizer
-        placeholder.this.own(True)  # the read placeholder goes away with this name
+        # Freed with this holder. `placeholder.this.own(True)` would free it too, but also give back a reference to
+        # SWIG's runtime that was never taken: after enough shards FAISS would break in the whole process.
+        holder = faiss.IndexPreTransform(placeholder)
+        holder.own_fields = True
     elif index.ntotal != physical_rows:
         raise _wrong_size(store, base, index.ntotal, physical_rows)
     stored = None if refine is None else _read(store, refine, _READ_FLAGS)

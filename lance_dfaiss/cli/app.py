@@ -1,0 +1,89 @@
+"""The application: global options, and the list of commands."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from .._version import __version__
+from .build import build
+from .drop import drop
+from .edge import PROGRAM, CommandGroup, usage_error
+from .look import describe, list_names
+from .options import command
+from .plan import plan
+from .search import search
+from .verify import verify
+
+__all__ = ["app", "main"]
+
+_LEVELS = ("debug", "info", "warning", "error", "critical")
+
+app = typer.Typer(
+    name=PROGRAM,
+    cls=CommandGroup,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Build, search and look after FAISS indexes of Lance datasets.",
+    epilog="Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
+)
+
+
+def main() -> None:
+    """Run the command line with the arguments of this process, and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        # A dataset may hold any text; a terminal that cannot show it gets escapes, not a failure.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    app(prog_name=PROGRAM)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def global_options(
+    *,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error, and Lance's own warnings.")
+    ] = False,
+    log_level: Annotated[
+        str,
+        typer.Option(
+            "--log-level",
+            envvar="LANCE_DFAISS_LOG_LEVEL",
+            metavar="LEVEL",
+            help=f"Log to stderr from this level on: {', '.join(_LEVELS)}.",
+        ),
+    ] = "warning",
+    version: Annotated[  # noqa: ARG001 - acts through its callback
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Build, search and look after FAISS indexes of Lance datasets."""
+    if log_level.lower() not in _LEVELS:
+        raise usage_error(f"--log-level must be one of {', '.join(_LEVELS)}, not {log_level!r}")
+    logging.basicConfig(
+        level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    if not debug:
+        # Lance reads this once, when it is imported. Its warnings speak of its own affairs.
+        os.environ.setdefault("LANCE_LOG", "error")
+
+
+for name, function in (
+    ("build", build),
+    ("plan", plan),
+    ("search", search),
+    ("list", list_names),
+    ("describe", describe),
+    ("verify", verify),
+    ("drop", drop),
+):
+    app.command(name)(command(function))

@@ -1,0 +1,128 @@
+"""An index as a report: for `build`, which has just made it, and for `describe`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .output import Block, Facts, Line, Report, Table
+from .text import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from ..manage import IndexDescription
+    from ..manifest import RecallReport, SkipCounts
+
+__all__ = ["index_report"]
+
+_WIDTHS = ("nprobe", "ef", "k_factor")
+
+
+def index_report(found: IndexDescription) -> Report:
+    """Return all that is stored of an index.
+
+    Parameters
+    ----------
+    found : IndexDescription
+        The index.
+    """
+    manifest = found.manifest
+    recall = manifest.recall
+    blocks: list[Block] = [Facts(_facts(found))]
+    if recall is not None:
+        blocks += [
+            Line(f"Recall@{recall.k} against exact search, {recall.queries:,} queries ({recall.method}):"),
+            _recall_table(recall),
+        ]
+    if found.stale is not None:
+        blocks.append(Line(f"This index cannot answer for version {found.version}: {found.stale}"))
+    return Report(_document(found), blocks)
+
+
+def _document(found: IndexDescription) -> dict[str, Any]:
+    manifest, stored = found.manifest, found.manifest.to_json()
+    statistics = {**stored["statistics"], "seconds": dict(manifest.statistics.seconds)}
+    return {
+        "name": found.name,
+        "version": found.version,
+        "stale": found.stale,
+        "column": manifest.dataset.column,
+        **stored["spec"],
+        "rows": {
+            "indexed": found.indexed_rows,
+            "masked": found.masked_rows,
+            "live": found.indexed_rows - found.masked_rows,
+            "skipped": stored["skipped"],
+        },
+        "shards": [
+            {name: entry[name] for name in ("indexed_rows", "physical_rows", "length_bytes")}
+            for entry in stored["shards"]
+        ],
+        "length_bytes": found.length_bytes,
+        "generation": manifest.generation,
+        "parent": manifest.parent,
+        "previous": found.pointer.previous,
+        "where": found.pointer.where,
+        "dataset": stored["dataset"],
+        "created_at": manifest.created_at,
+        "created_by": manifest.created_by,
+        "statistics": statistics,
+        "recall": stored["recall"],
+    }
+
+
+def _facts(found: IndexDescription) -> list[tuple[str, str]]:
+    manifest, spec, statistics = found.manifest, found.manifest.spec, found.manifest.statistics
+    facts = [
+        ("index", found.name),
+        ("column", f"{manifest.dataset.column}, {spec.dim} x {manifest.dataset.value_type}"),
+        ("type", f"{spec.index_type}: {spec.factory}{f' refined with {spec.refine}' if spec.refine else ''}"),
+        ("metric", spec.metric),
+        ("rows indexed", f"{found.indexed_rows:,}"),
+        ("rows skipped", _skipped(manifest.skipped)),
+        ("rows masked", f"{found.masked_rows:,}, deleted since" if found.masked_rows else "none"),
+        ("size", f"{format_bytes(found.length_bytes)} in {_counted(len(manifest.shards), 'shard')}"),
+        ("generation", manifest.generation),
+        ("where", "in the dataset" if found.pointer.where == "dataset" else found.pointer.where),
+        ("built", f"{manifest.created_at} by {manifest.created_by}, over version {manifest.dataset.version}"),
+        ("state", f"answers for version {found.version}" if found.stale is None else f"stale at {found.version}"),
+        ("trained on", f"{statistics.sampled_rows:,} rows"),
+    ]
+    if statistics.training_error is not None:
+        facts.append(("training error", f"{statistics.training_error:.6g}"))
+    if statistics.list_imbalance is not None:
+        facts.append(("list imbalance", f"{statistics.list_imbalance:.2f}"))
+    facts.append(("time", ", ".join(f"{phase} {format_seconds(took)}" for phase, took in statistics.seconds)))
+    facts.append(("recall", _default_recall(manifest.recall)))
+    return facts
+
+
+def _skipped(skipped: SkipCounts) -> str:
+    reasons = [f"{count:,} {reason.replace('_', '-')}" for reason, count in skipped.to_json().items() if count]
+    return ", ".join(reasons) if reasons else "none"
+
+
+def _default_recall(recall: RecallReport | None) -> str:
+    if recall is None:
+        return "not measured"
+    widths = ", ".join(
+        f"{width} {value}" for width in _WIDTHS if (value := getattr(recall.defaults, width)) is not None
+    )
+    measured = {point.options: point.recall for point in recall.points}.get(recall.defaults)
+    share = "not measured" if measured is None else f"{measured:.4f}"
+    return f"{share} by default{f', with {widths}' if widths else ''}"
+
+
+def _recall_table(recall: RecallReport) -> Table:
+    used = [width for width in _WIDTHS if any(getattr(point.options, width) is not None for point in recall.points)]
+    rows = [
+        [
+            *(getattr(point.options, width) for width in used),
+            point.recall,
+            "default" if point.options == recall.defaults else "",
+        ]
+        for point in recall.points
+    ]
+    return Table([*used, "recall", ""], rows)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

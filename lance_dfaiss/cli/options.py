@@ -1,0 +1,256 @@
+"""Arguments and options that commands share, written once; and their way into the library's option objects."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
+
+import typer
+
+from ..errors import InvalidArgument
+from .edge import in_command_words, usage_error
+from .text import parse_bytes
+
+if TYPE_CHECKING:
+    from ..progress import Progress
+    from ..spec import BuildOptions, IndexSpec
+
+__all__ = [
+    "Access",
+    "BuildFlags",
+    "ColumnArgument",
+    "DatasetArgument",
+    "IndexNameArgument",
+    "JsonFlag",
+    "OptionalNameArgument",
+    "TrustedAccess",
+    "command",
+    "usage_errors",
+]
+
+_WHAT, _HOW, _WHERE = "What to build", "How to build it", "Where things are"
+
+
+def _option(name: str, text: str, *, panel: str | None = None, metavar: str | None = None, **more: Any) -> Any:
+    return typer.Option(name, help=text, rich_help_panel=panel, metavar=metavar, **more)
+
+
+DatasetArgument: TypeAlias = Annotated[
+    str, typer.Argument(metavar="DATASET", help="Path or URI of the Lance dataset; its newest version is used.")
+]
+ColumnArgument: TypeAlias = Annotated[
+    str, typer.Argument(metavar="COLUMN", help="Vector column, dotted for a nested field.")
+]
+IndexNameArgument: TypeAlias = Annotated[str, typer.Argument(metavar="NAME", help="Name of the index.")]
+OptionalNameArgument: TypeAlias = Annotated[
+    str | None,
+    typer.Argument(metavar="NAME", help="Name of the index; may be left out when the dataset has one."),
+]
+JsonFlag: TypeAlias = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """Where the index lies and how the dataset is reached."""
+
+    index_uri: Annotated[
+        str | None,
+        _option("--index-uri", "Where the index lies when not in the dataset.", panel=_WHERE, metavar="URI"),
+    ] = None
+    storage_option: Annotated[
+        list[str],
+        _option(
+            "--storage-option",
+            "Setting of the dataset's object store; may be repeated.",
+            panel=_WHERE,
+            metavar="KEY=VALUE",
+        ),
+    ] = field(default_factory=list)
+
+    def storage_options(self) -> dict[str, str] | None:
+        """Return the settings by key, None without any; a usage error if one is malformed or said twice."""
+        found: dict[str, str] = {}
+        for text in self.storage_option:
+            key, equals, value = text.partition("=")
+            # The text itself is not shown: it may hold a secret.
+            if not equals or not key:
+                raise usage_error("--storage-option must be KEY=VALUE")
+            if key in found:
+                raise usage_error(f"--storage-option {key} is given twice")
+            found[key] = value
+        return found or None
+
+    def of_dataset(self) -> dict[str, Any]:
+        """Return keyword arguments for the functions that take a dataset."""
+        return {"index_uri": self.index_uri, "storage_options": self.storage_options()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustedAccess(Access):
+    """The same, for commands that follow a pointer."""
+
+    allow_index_uri: Annotated[
+        list[str],
+        _option(
+            "--allow-index-uri",
+            "Place outside the dataset that its index may lie in; may be repeated.",
+            panel=_WHERE,
+            metavar="URI",
+        ),
+    ] = field(default_factory=list)
+
+    def of_dataset(self) -> dict[str, Any]:
+        """Return keyword arguments for the functions that open an index."""
+        return {**Access.of_dataset(self), "allowed_index_uris": tuple(self.allow_index_uri)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildFlags:
+    """Everything that says what is built and how, for the commands that build and that plan."""
+
+    index_type: Annotated[
+        str,
+        _option(
+            "--index-type",
+            "AUTO, FLAT, IVF_FLAT, IVF_SQ, IVF_PQ, IVF_RQ, HNSW_FLAT or HNSW_SQ.",
+            panel=_WHAT,
+            metavar="TYPE",
+        ),
+    ] = "AUTO"
+    name: Annotated[
+        str | None, _option("--name", "Name of the index; COLUMN_idx if left out.", panel=_WHAT, metavar="NAME")
+    ] = None
+    metric: Annotated[str, _option("--metric", "l2, cosine or dot.", panel=_WHAT, metavar="METRIC")] = "l2"
+    factory: Annotated[
+        str | None, _option("--factory", "FAISS factory string, instead of a type.", panel=_WHAT, metavar="STRING")
+    ] = None
+    num_partitions: Annotated[int | None, _option("--num-partitions", "IVF lists.", panel=_WHAT)] = None
+    num_sub_vectors: Annotated[int | None, _option("--num-sub-vectors", "PQ codes per vector.", panel=_WHAT)] = None
+    num_bits: Annotated[int | None, _option("--num-bits", "Bits per PQ code: 4 or 8.", panel=_WHAT)] = None
+    coarse: Annotated[
+        str,
+        _option("--coarse", "How the nearest lists are found: flat or hnsw.", panel=_WHAT, metavar="KIND"),
+    ] = "flat"
+    refine: Annotated[
+        str,
+        _option("--refine", "Finer codes to re-rank with: auto, sq8, fp16, flat or none.", panel=_WHAT, metavar="KIND"),
+    ] = "auto"
+    sample_rate: Annotated[int, _option("--sample-rate", "Training rows per IVF list.", panel=_WHAT)] = 256
+    seed: Annotated[int, _option("--seed", "Of sampling and k-means.", panel=_WHAT)] = 1234
+    num_shards: Annotated[
+        int | None, _option("--num-shards", "Shards to write; as few as memory allows if left out.", panel=_HOW)
+    ] = None
+    num_workers: Annotated[int, _option("--num-workers", "Shards encoded at the same time.", panel=_HOW)] = 1
+    memory_budget: Annotated[
+        str | None,
+        _option(
+            "--memory-budget",
+            "Per worker, like 16G or 512MiB; half of the machine over the workers if left out.",
+            panel=_HOW,
+            metavar="SIZE",
+        ),
+    ] = None
+    on_invalid: Annotated[
+        str,
+        _option("--on-invalid", "Null, non-finite and zero vectors: skip or error.", panel=_HOW, metavar="ACTION"),
+    ] = "skip"
+    min_recall: Annotated[
+        float | None, _option("--min-recall", "Refuse an index that measures less recall@10.", panel=_HOW)
+    ] = None
+    replace: Annotated[bool, _option("--replace", "Replace an index of the same name.", panel=_HOW)] = False
+    resume: Annotated[bool, _option("--resume", "Go on with an interrupted build.", panel=_HOW)] = False
+
+    def spec(self, column: str) -> IndexSpec:
+        """Return what to build; a usage error if a value cannot be used."""
+        from ..spec import IndexSpec
+
+        with usage_errors():
+            return IndexSpec(
+                name=f"{column}_idx" if self.name is None else self.name,
+                column=column,
+                index_type=self.index_type,  # type: ignore[arg-type]  # checked by IndexSpec, as the next ones
+                metric=self.metric,  # type: ignore[arg-type]
+                factory=self.factory,
+                num_partitions=self.num_partitions,
+                num_sub_vectors=self.num_sub_vectors,
+                num_bits=self.num_bits,
+                coarse=self.coarse,  # type: ignore[arg-type]
+                refine=None if self.refine == "none" else self.refine,  # type: ignore[arg-type]
+                sample_rate=self.sample_rate,
+                seed=self.seed,
+            )
+
+    def options(self, index_uri: str | None, progress: Progress) -> BuildOptions:
+        """Return how to build it; a usage error if a value cannot be used."""
+        from ..spec import BuildOptions
+
+        with usage_errors():
+            return BuildOptions(
+                replace=self.replace,
+                resume=self.resume,
+                num_shards=self.num_shards,
+                num_workers=self.num_workers,
+                memory_budget_bytes=None if self.memory_budget is None else parse_bytes(self.memory_budget),
+                on_invalid=self.on_invalid,  # type: ignore[arg-type]  # checked by BuildOptions
+                min_recall=self.min_recall,
+                index_uri=index_uri,
+                progress=progress,
+            )
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn a value that cannot be used into a usage error: wrong before anything was touched."""
+    try:
+        yield
+    except InvalidArgument as exc:
+        raise usage_error(f"{exc.message}{'. ' if exc.remedy else ''}{in_command_words(exc.remedy)}") from exc
+    except ValueError as exc:
+        raise usage_error(str(exc)) from exc
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that typer can read, in whose signature option dataclasses are spread out.
+
+    Parameters
+    ----------
+    function : callable
+        Takes arguments that typer knows, and dataclasses whose fields are such.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name in groups:
+            parameters += _parameters(groups[parameter.name])
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY))
+
+    def call(**values: Any) -> None:
+        for name, group in groups.items():
+            # A repeatable option that was not given may arrive as None.
+            given = {entry.name: values.pop(entry.name) for entry in fields(group)}
+            values[name] = group(**{key: value for key, value in given.items() if value is not None})
+        function(**values)
+
+    call.__name__, call.__doc__ = function.__name__, function.__doc__
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call
+
+
+def _parameters(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            entry.name, inspect.Parameter.KEYWORD_ONLY, default=_default(entry), annotation=hints[entry.name]
+        )
+        for entry in fields(group)
+    ]
+
+
+def _default(entry: Field[Any]) -> Any:
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
