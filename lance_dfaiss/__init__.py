@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .errors import DfaissError
     from .manage import IndexDescription, describe_index, drop_index, list_indices, verify_index
     from .plugin import DfaissDataset, dataset
-    from .progress import Progress, ProgressEvent
+    from .progress import Progress, ProgressEvent, SilentProgress
     from .search import Index, IndexStats, open_index
     from .spec import BuildOptions, IndexSpec, SearchOptions
     from .types import MISSING_ROW_ID
@@ -41,6 +41,7 @@ __all__ = [
     "Progress",
     "ProgressEvent",
     "SearchOptions",
+    "SilentProgress",
     "__version__",
     "create_index",
     "dataset",
@@ -65,6 +66,7 @@ _HOMES = {
     "Progress": "progress",
     "ProgressEvent": "progress",
     "SearchOptions": "spec",
+    "SilentProgress": "progress",
     "create_index": "build",
     "dataset": "plugin",
     "describe_index": "manage",

@@ -175,6 +175,8 @@ class PinnedDataset:
 
     def __init__(self, dataset: LanceDataset) -> None:
         self._dataset = dataset.checkout_version(dataset.version)
+        # The caller's defaults (columns, a filter, a limit) are for the caller's scans, not for ours.
+        cast("Any", self._dataset)._default_scan_options = None
         self.version: int = dataset.version
         self.uri: str = dataset.uri
         self.stable_row_ids: bool = dataset.has_stable_row_ids
@@ -592,7 +594,9 @@ def _local_path(uri: str) -> Path | None:
 
 
 def _conflict(name: str, ours: str, found: str | None) -> CommitConflict:
-    theirs = "" if found is None else Pointer.from_text(found, location=f"metadata key {POINTER_PREFIX}{name}").generation
+    theirs = (
+        "" if found is None else Pointer.from_text(found, location=f"metadata key {POINTER_PREFIX}{name}").generation
+    )
     return CommitConflict(
         f"index {name!r} was changed by another writer while generation {ours} was built; the dataset now has"
         f" {f'generation {theirs}' if theirs else 'no such index: it was dropped'}",

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from .errors import CorruptIndex, DatasetChanged
 from .lance_io import LanceDataset, PinnedDataset, move_to_latest, open_dataset
-from .manifest import FileEntry, Manifest, Pointer
+from .manifest import FileEntry, Manifest, Pointer, decode_model_record
 from .pointers import find_pointer, find_text, pointer_texts, publish
 from .progress import PhaseMeter, Progress, SilentProgress
 from .search.load import Generation, read_generation
 from .search.resolve import resolve_generation
-from .storage import VerifiedReader
+from .storage import VerifiedReader, read_document
 from .types import CHUNK_BYTES
 
 __all__ = ["IndexDescription", "describe_index", "drop_index", "list_indices", "verify_index"]
@@ -150,8 +150,8 @@ def verify_index(
     """
     _, generation = _generation(dataset, name, index_uri, allowed_index_uris, storage_options)
     meter = PhaseMeter(SilentProgress() if progress is None else progress, "verify")
-    faults = []
-    for entry in _files(generation):
+    faults: list[CorruptIndex] = []
+    for entry in _files(generation, faults):
         try:
             with VerifiedReader(generation.store, entry) as reader:
                 while chunk := reader.read(CHUNK_BYTES):
@@ -217,8 +217,16 @@ def _generation(
     return pinned, read_generation(pinned, found, trusted)
 
 
-def _files(generation: Generation) -> list[FileEntry]:
-    entries = [generation.manifest.model.file]
+def _files(generation: Generation, faults: list[CorruptIndex]) -> list[FileEntry]:
+    """Return every file of a generation that is no document; a damaged record of the model goes to the faults."""
+    model = generation.manifest.model
+    entries = [model.file]
+    try:
+        data = read_document(generation.store, model.record)
+        trained = decode_model_record(data, location=f"{generation.store.location}/{model.record.name}")
+        entries += [] if trained.queries is None else [trained.queries]
+    except CorruptIndex as exc:
+        faults.append(exc)
     for record in generation.records:
-        entries += [entry for entry in (record.index, record.refine) if entry is not None]
+        entries += record.files
     return entries

@@ -355,8 +355,8 @@ class DfaissDataset(LanceDataset):
         Raises
         ------
         CorruptIndex, UntrustedLocation
-            If an index cannot be read. Where the query names a metric, Lance answers instead when files
-            are not there, not allowed, or of a newer format.
+            If an index cannot be read. Where the query names a metric, Lance answers instead when its
+            manifest is not there, not allowed to be read, or of a newer format.
         """
         given = {k: v for k, v in _SCANNER.bind(self, *args, **kwargs).arguments.items() if v is not None}
         del given["self"]
@@ -370,13 +370,14 @@ class DfaissDataset(LanceDataset):
         spec = generation.manifest.spec
         given["nearest"] = {**nearest, "metric": nearest.get("metric") or spec.metric}
         native = functools.partial(super().scanner, **given)
+        handle = PinnedDataset(_plain(self)).lance
         try:
-            request = _Request.read({**(self._default_scan_options or {}), **given}, generation, self.schema)
-            index = self._opened.index(self, generation)
-        except (_NotOurs, DatasetChanged) as exc:
+            request = _Request.read({**(self._default_scan_options or {}), **given}, generation, handle.schema)
+            opened = self._opened.version(self, generation)
+        except _NotOurs as exc:
             _log.debug("search on %r goes to Lance: %s", nearest.get("column"), exc)
             return native()
-        return DfaissScanner(_Answer(request, index, _plain(self)), self, native)
+        return DfaissScanner(_Answer(request, opened, handle), self, native)
 
     def _has_pointer(self) -> bool:
         return any(key.startswith(POINTER_PREFIX) for key in self.metadata)
@@ -477,8 +478,8 @@ class _Request:
         It was one vector, not a batch.
     k : int
         Results per query.
-    nprobe : tuple of (int or None, int) or None
-        First width (None: the index's own) and the width to stop at; None without lists.
+    nprobe : tuple of (int, int) or None
+        Least and largest number of lists to search; None for an index without lists.
     ef, k_factor : int or None
         Other widths.
     columns : list or dict or None
@@ -496,7 +497,7 @@ class _Request:
     queries: Float32Array
     single: bool
     k: int
-    nprobe: tuple[int | None, int] | None
+    nprobe: tuple[int, int] | None
     ef: int | None
     k_factor: int | None
     columns: list[str] | dict[str, str] | None
@@ -553,9 +554,10 @@ class _Request:
 class _Answer:
     """A request, and the index and the dataset version that answer it."""
 
-    def __init__(self, request: _Request, index: Index, handle: LanceDataset) -> None:
+    def __init__(self, request: _Request, opened: _Opened, handle: LanceDataset) -> None:
         self.request = request
-        self._index = index
+        self._index = opened.index
+        self._default_nprobe = opened.default_nprobe
         self._handle = handle
 
     def neighbours(self) -> tuple[Any, Float32Array, UInt64Array]:
@@ -576,8 +578,7 @@ class _Answer:
         if request.nprobe is None:
             return ask()
         least, widest = request.nprobe
-        probed = min(self._index.stats().defaults.nprobe or 1, widest)
-        probed = probed if least is None else max(probed, least) if least < widest else least
+        probed = min(max(self._default_nprobe, least), widest)
         distances, row_ids = ask(nprobe=probed)
         wanted = min(k, len(self._index))
         while probed < widest and ((row_ids != MISSING_ROW_ID).sum(axis=1) < wanted).any():
@@ -593,18 +594,24 @@ class _Answer:
             DISTANCE_COLUMN: pa.array(distances, pa.float32()),
             ROW_ID_COLUMN: pa.array(row_ids, pa.uint64()),
         }
-        fetched = self._fetch(row_ids)
+        fetched = self._fetch(row_ids) if self._needs_rows() else self._handle.schema.empty_table()
         schema = self._schema(fetched.schema)
         lead = not self.request.single
         arrays = [
             ready[field.name] if self._is_ours(field.name, first=lead and i == 0) else fetched.column(field.name)
             for i, field in enumerate(schema)
         ]
-        return pa.Table.from_arrays(arrays, schema=schema) if arrays else fetched.select([])
+        return pa.Table.from_arrays(arrays, schema=schema) if arrays else self._fetch(row_ids).select([])
 
     def schema(self) -> pa.Schema:
         """Return the schema of the table, without searching."""
         return self._schema(self._scanner(np.zeros(0, dtype=np.uint64)).projected_schema)
+
+    def _needs_rows(self) -> bool:
+        """Whether the dataset has to be read at all."""
+        request = self.request
+        made = (DISTANCE_COLUMN, ROW_ID_COLUMN)
+        return request.layout is None or any(name not in made for name in (*request.layout, *request.tail))
 
     def _is_ours(self, name: str, *, first: bool) -> bool:
         return name in (DISTANCE_COLUMN, ROW_ID_COLUMN) or (first and name == QUERY_INDEX_COLUMN)
@@ -613,9 +620,9 @@ class _Answer:
         names = self.request.layout
         if names is None:
             names = tuple(name for name in fetched.names if name not in (ROW_ID_COLUMN, _ROW_ADDRESS_COLUMN))
+        made = {DISTANCE_COLUMN: pa.float32(), ROW_ID_COLUMN: pa.uint64()}
         fields = [
-            pa.field(DISTANCE_COLUMN, pa.float32()) if name == DISTANCE_COLUMN else fetched.field(name)
-            for name in (*names, *self.request.tail)
+            pa.field(name, made[name]) if name in made else fetched.field(name) for name in (*names, *self.request.tail)
         ]
         if not self.request.single:
             fields.insert(0, pa.field(QUERY_INDEX_COLUMN, pa.int32(), nullable=False))
@@ -645,12 +652,12 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Opened:
-    """What a dataset version came to: an index, or the reason why there is none."""
+    """An index open for one dataset version; its segments know nothing of versions and are shared."""
 
     generation: Generation
     segments: list[tuple[int, Segment]]
-    index: Index | None
-    stale: str
+    index: Index
+    default_nprobe: int
 
 
 class _OpenIndexes:
@@ -667,7 +674,7 @@ class _OpenIndexes:
         # Held while loading: the second of two threads waits for the index instead of loading it again.
         self._lock = threading.Lock()
         self._generations: OrderedDict[tuple[str, str], Generation] = OrderedDict()
-        self._versions: OrderedDict[tuple[Any, ...], _Opened] = OrderedDict()
+        self._versions: OrderedDict[tuple[Any, ...], _Opened | str] = OrderedDict()
 
     def generation(self, handle: LanceDataset, name: str, text: str) -> Generation:
         """Return the documents behind a pointer.
@@ -686,12 +693,12 @@ class _OpenIndexes:
             _keep(self._generations, (name, text), found, _KEPT_GENERATIONS)
             return found
 
-    def index(self, handle: LanceDataset, generation: Generation) -> Index:
-        """Return the index for the version that a handle is at.
+    def version(self, handle: LanceDataset, generation: Generation) -> _Opened:
+        """Return the index, open for the version that a handle is at.
 
         Raises
         ------
-        DatasetChanged
+        _NotOurs
             If the version holds rows that the index does not cover.
         CorruptIndex
             If a shard is missing or damaged.
@@ -704,23 +711,24 @@ class _OpenIndexes:
             if opened is None:
                 opened = self._open(PinnedDataset(_plain(handle)), generation)
             _keep(self._versions, key, opened, _KEPT_VERSIONS)
-        if opened.index is None:
-            raise DatasetChanged(opened.stale, remedy="Build the index again with replace=True", fragments=())
-        return opened.index
+        if isinstance(opened, str):
+            raise _NotOurs(opened)
+        return opened
 
-    def _open(self, pinned: PinnedDataset, generation: Generation) -> _Opened:
+    def _open(self, pinned: PinnedDataset, generation: Generation) -> _Opened | str:
+        """Open, or return the reason why this version has rows that the index does not cover."""
         try:
             snapshot = resolve_generation(pinned, generation)
         except DatasetChanged as exc:
-            return _Opened(generation=generation, segments=[], index=None, stale=exc.message)
-        # Segments know nothing of versions: those of the same generation are shared.
-        shared = (kept.segments for kept in self._versions.values() if kept.generation is generation and kept.segments)
-        segments = next(shared, None)
+            return exc.message
+        others = (opened for opened in self._versions.values() if isinstance(opened, _Opened))
+        segments = next((opened.segments for opened in others if opened.generation is generation), None)
         if segments is None:
             rows = sum(record.cover.physical_rows for record in generation.records)
             segments = load_segments(generation, PhaseMeter(SilentProgress(), "load", rows))
         index = Index(pinned, generation, snapshot, segments)
-        return _Opened(generation=generation, segments=segments, index=index, stale="")
+        nprobe = index.stats().defaults.nprobe or 1
+        return _Opened(generation=generation, segments=segments, index=index, default_nprobe=nprobe)
 
 
 def _keep(entries: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
@@ -792,8 +800,8 @@ def _queries(query: Any, dim: int, metric: Any) -> tuple[Float32Array, bool]:
     return queries, single
 
 
-def _nprobe(nearest: Mapping[str, Any], lists: int) -> tuple[int | None, int] | None:
-    """Return the first and the last width in lists, None for an index without lists."""
+def _nprobe(nearest: Mapping[str, Any], lists: int) -> tuple[int, int] | None:
+    """Return the least and the largest width in lists, None for an index without lists."""
     both = _whole(nearest, "nprobes", 1)
     least = _whole(nearest, "minimum_nprobes", 0)
     most = _whole(nearest, "maximum_nprobes", 0)
@@ -803,7 +811,7 @@ def _nprobe(nearest: Mapping[str, Any], lists: int) -> tuple[int | None, int] | 
         return None
     least, most = both if least is None else least, both if most is None else most
     widest = lists if most is None else min(most, lists)
-    return (None if least is None else min(max(least, 1), widest)), widest
+    return max(least or 1, 1), widest
 
 
 def _projection(

@@ -30,6 +30,7 @@ IN_DATASET = "dataset"
 """Value of `Pointer.where` for generations in the dataset's own folder."""
 
 _FOLDER = "pointers"
+_FOLDER_CHARACTERS = 200
 _MAX_POINTER_BYTES = 64 * 1024
 
 
@@ -64,11 +65,11 @@ def pointer_texts(pinned: PinnedDataset, index_uri: str | None = None) -> dict[s
     }
     if index_uri is not None:
         store = open_store(index_uri)
-        names = {part.name.split("/")[1] for part in store.list(_FOLDER)}
-        for encoded in names:
+        folders = {file.name.rpartition("/")[0].removeprefix(f"{_FOLDER}/") for file in store.list(_FOLDER)}
+        for encoded in folders:
             text = _latest_file(store, encoded)[1]
             if text is not None:
-                found[bytes.fromhex(encoded).decode()] = text
+                found[bytes.fromhex(encoded.replace("_/", "")).decode()] = text
     return dict(sorted(found.items()))
 
 
@@ -160,7 +161,7 @@ def publish(
         pinned.commit_pointer(name, expected, text, ours=ours)
         return
     store = open_store(index_uri)
-    encoded = name.encode().hex()
+    encoded = _encoded(name)
     number, found = _latest_file(store, encoded)
     if found != expected:
         raise _lost(name, ours, found)
@@ -171,6 +172,15 @@ def publish(
         if found != expected:
             raise _lost(name, ours, found) from exc
         raise
+
+
+def _encoded(name: str) -> str:
+    """Return the folder of a name's pointers: its UTF-8 in hex, cut where a file system would find it too long.
+
+    A part that goes on ends in ``_``, so that no name's folder lies inside another's.
+    """
+    digits = name.encode().hex()
+    return "_/".join(digits[start : start + _FOLDER_CHARACTERS] for start in range(0, len(digits), _FOLDER_CHARACTERS))
 
 
 def _latest_file(store: Store, encoded: str) -> tuple[int, str | None]:

@@ -1,7 +1,7 @@
-"""The command line: parses text, calls the public functions, draws. Nothing else of the package prints or logs to a
-handler.
+"""The command line: parses text, calls the public functions, draws.
 
-Importing it loads typer and nothing heavy; what a command needs is imported when it runs.
+It is the only place that prints, and that decides where log records go. Importing it loads typer and
+nothing heavy; what a command needs is imported when it runs.
 """
 
 from .app import app, main

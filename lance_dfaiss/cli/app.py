@@ -21,6 +21,7 @@ from .verify import verify
 
 __all__ = ["app", "main"]
 
+_FAILED, _INTERRUPTED = 1, 130
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 
 app = typer.Typer(
@@ -38,7 +39,16 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         # A dataset may hold any text; a terminal that cannot show it gets escapes, not a failure.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    app(prog_name=PROGRAM)
+    try:
+        app(prog_name=PROGRAM)
+    except SystemExit as exc:
+        if exc.code in (_FAILED, _INTERRUPTED):
+            # What was stopped half-way may have left Lance's threads reading ahead; when the interpreter is taken
+            # down under them, the process now and then aborts, and its exit status would be lost.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(exc.code))
+        raise
 
 
 def _print_version(wanted: bool) -> None:

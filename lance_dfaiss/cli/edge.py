@@ -32,7 +32,10 @@ _WORDS = (
     (re.compile(r"\ballowed_index_uris(?:=\S+)?"), "--allow-index-uri"),
     (re.compile(r"\bmemory_budget_bytes\b"), "--memory-budget"),
     (re.compile(r"\b(replace|resume)=True\b"), r"--\1"),
-    (re.compile(r"\b(index_uri|on_invalid)=('?)([\w.]+)\2"), lambda m: f"--{m[1].replace('_', '-')} {m[3]}"),
+    (
+        re.compile(r"\b(index_uri|index_type|on_invalid|coarse)=('?)([\w.]+)\2"),
+        lambda m: f"--{m[1].replace('_', '-')} {m[3]}",
+    ),
     (re.compile(r"\b(?:the same )?create_index\b"), f"{PROGRAM} build"),
     (
         re.compile(r"\b(num_partitions|num_sub_vectors|num_bits|num_shards|min_recall|index_uri|index_type)\b"),
@@ -85,7 +88,7 @@ class CommandGroup(TyperGroup):
             status = 1
         except _UsageError as exc:
             if exc.ctx is None:
-                exc.ctx = ctx if ctx.invoked_subcommand is None else _named(self, ctx)
+                exc.ctx = _named(self, ctx) if ctx.invoked_subcommand else ctx
             raise
         logger.info("%s took %.2f seconds", ctx.invoked_subcommand, time.perf_counter() - started)
         if status:
@@ -97,7 +100,8 @@ class CommandGroup(TyperGroup):
 def _named(group: CommandGroup, ctx: Any) -> Any:
     """Return a context whose command path is that of the command being run."""
     name = ctx.invoked_subcommand
-    return group.context_class(group.get_command(ctx, name), parent=ctx, info_name=name)
+    command = group.get_command(ctx, name)
+    return ctx if command is None else group.context_class(command, parent=ctx, info_name=name)
 
 
 def in_command_words(remedy: str) -> str:

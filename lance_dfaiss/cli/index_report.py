@@ -116,7 +116,7 @@ def _recall_table(recall: RecallReport) -> Table:
     rows = [
         [
             *(getattr(point.options, width) for width in used),
-            point.recall,
+            f"{point.recall:.4f}",
             "default" if point.options == recall.defaults else "",
         ]
         for point in recall.points

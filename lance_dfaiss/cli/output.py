@@ -104,9 +104,13 @@ class PlainOutput:
         self._stream = stream
 
     def show(self, report: Report) -> None:
-        """Write the blocks, an empty line between them."""
-        texts = [_plain(block) for block in report.blocks]
-        self._stream.write("\n".join(text for text in texts if text))
+        """Write the blocks, an empty line around everything but sentences."""
+        before: Block | None = None
+        for block in report.blocks:
+            if before is not None and not (isinstance(before, Line) and isinstance(block, Line)):
+                self._stream.write("\n")
+            self._stream.write(_plain(block))
+            before = block
 
 
 class RichOutput:

@@ -85,9 +85,11 @@ class BarProgress:
     ----------
     stream : file
         The terminal.
+    transient : bool
+        Wipe the bars away at the end.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, *, transient: bool = False) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bars
@@ -97,6 +99,7 @@ class BarProgress:
             BarColumn(bar_width=30),
             TextColumn("{task.fields[numbers]}"),
             console=Console(file=stream),
+            transient=transient,
         )
         self._tasks: dict[str, Any] = {}
 
@@ -163,10 +166,10 @@ def reporting(*, only_on_terminal: bool = False) -> Iterator[Progress]:
     Parameters
     ----------
     only_on_terminal : bool
-        Say nothing where there is no terminal: for commands that are run many times over.
+        Say nothing where there is no terminal, and leave nothing on one: for commands that are run many times.
     """
     if sys.stderr.isatty():
-        with BarProgress(sys.stderr) as bars, _stopped_by_interrupt(bars) as progress:
+        with BarProgress(sys.stderr, transient=only_on_terminal) as bars, _stopped_by_interrupt(bars) as progress:
             yield progress
     else:
         with _stopped_by_interrupt(SilentProgress() if only_on_terminal else LineProgress(sys.stderr)) as progress:

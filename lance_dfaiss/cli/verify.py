@@ -6,7 +6,7 @@ import typer
 
 from ..errors import CorruptIndex, UnsupportedFormat
 from .options import DatasetArgument, JsonFlag, OptionalNameArgument, TrustedAccess
-from .output import Block, Line, Report, Table, output
+from .output import Block, Line, Report, output
 from .progress import reporting
 
 __all__ = ["verify"]
@@ -48,6 +48,10 @@ def _report(name: str | None, faults: list[CorruptIndex]) -> Report:
     }
     blocks: list[Block] = [Line("every file is as it was committed")]
     if faults:
-        rows = [[fault.location, type(fault).__name__, fault.message] for fault in faults]
-        blocks = [Line(f"{len(faults)} damaged:"), *(Line(f"  {kind} {place}: {why}") for place, kind, why in rows)]
+        blocks = [Line(f"{len(faults)} damaged:"), *(Line(f"  {_named(fault)}") for fault in faults)]
     return Report(document, blocks)
+
+
+def _named(fault: CorruptIndex) -> str:
+    place = "" if fault.location in fault.message else f" {fault.location}"
+    return f"{type(fault).__name__}{place}: {fault.message}"

@@ -17,8 +17,9 @@ from .model import Model
 
 __all__ = ["ShardEncoder", "code_rows", "copy_index"]
 
-# Rows of each block that go into the shard's training error: a systematic sample of about 1.5 %.
-_ERROR_ROWS_PER_BLOCK = 64
+# Of every 16th block so many rows go into the shard's training error: about 1 % of all.
+_ERROR_BLOCKS = 16
+_ERROR_ROWS = 1024
 
 # Rows that fillers of a graph are copied from, in turn.
 _FILLER_ROWS = 1024
@@ -47,6 +48,7 @@ class ShardEncoder:
         self._filler: Float32Array = np.zeros((1, model.spec.dim), dtype=np.float32)
         self._squared_error = 0.0
         self._error_rows = 0
+        self._blocks = 0
         self.indexed_rows = 0
 
     def add(self, positions: Int64Array, vectors: Float32Array) -> None:
@@ -111,7 +113,10 @@ class ShardEncoder:
             self._next_position = until
 
     def _measure(self, vectors: Float32Array) -> None:
-        some = vectors[:_ERROR_ROWS_PER_BLOCK]
+        self._blocks += 1
+        if self._blocks % _ERROR_BLOCKS != 1:
+            return
+        some = vectors[:_ERROR_ROWS]
         error = self.model.coarse_error(some)
         if error is not None:
             self._squared_error += error * len(some)

@@ -67,8 +67,9 @@ CAPABILITIES: Mapping[str, Capability] = {
     # The direct map of a fast-scan index is not usable: reconstruct by id ends the process (faiss 1.15.1).
     "IndexIVFPQFastScan": Capability(family="ivf", mergeable=True, selector=True, range="rescore", reconstruct=False),
     "IndexIVFRaBitQ": Capability(family="ivf", mergeable=True, selector=True, range="rescore", reconstruct=True),
+    # It reconstructs something further from the vector than the centroid is (faiss 1.15.1).
     "IndexIVFRaBitQFastScan": Capability(
-        family="ivf", mergeable=True, selector=True, range="rescore", reconstruct=True
+        family="ivf", mergeable=True, selector=True, range="rescore", reconstruct=False
     ),
     "IndexHNSWFlat": Capability(
         family="hnsw", mergeable=False, selector=True, range="rescore", reconstruct=True, exact=True
@@ -191,6 +192,8 @@ def empty_index(factory: str, dim: int, metric: Metric) -> Any:
         )
     if "IDMap" in factory:
         raise _refused(factory, "row ids are kept outside FAISS", "Leave IDMap out")
+    if re.search(r"(?:^|,)IVF0+(?!\d)", factory):
+        raise _refused(factory, "it has no lists", "Write IVF1 or more")
     _check_divides(factory, dim)
     try:
         index = owned(faiss.index_factory(dim, factory, faiss_metric(metric)))

@@ -350,8 +350,11 @@ def _codebook_digest(inner: Any) -> str | None:
 def _transforms_digest(base: Any) -> str | None:
     parts: list[np.ndarray[Any, Any]] = []
     for transform in _transforms(base):
-        parts.append(np.frombuffer(type(transform).__name__.encode(), dtype=np.uint8))
-        if isinstance(transform, faiss.LinearTransform):
+        # FAISS reads an OPQ matrix back as the plain linear transform that it is.
+        linear = isinstance(transform, faiss.LinearTransform)
+        kind = "LinearTransform" if linear else type(transform).__name__
+        parts.append(np.frombuffer(kind.encode(), dtype=np.uint8))
+        if linear:
             parts.extend((faiss.vector_to_array(transform.A), faiss.vector_to_array(transform.b)))
     return _digest(*parts) if parts else None
 

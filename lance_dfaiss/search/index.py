@@ -230,7 +230,7 @@ class Index:
             If k or a width is out of range or means nothing to this index.
         """
         array, _ = as_queries(queries, self._dim, self._metric)
-        return self._knn(array, _checked_k(k), self._widths(nprobe, ef, k_factor), owned=array is not queries)
+        return self._knn(array, _checked_k(k), self._widths(nprobe, ef, k_factor))
 
     def search(
         self,
@@ -270,7 +270,7 @@ class Index:
         """
         array, single = as_queries(query, self._dim, self._metric)
         widths = self._widths(nprobe, ef, k_factor)
-        distances, row_ids = self._knn(array, _checked_k(k), widths, owned=array is not query)
+        distances, row_ids = self._knn(array, _checked_k(k), widths)
         return self._table(distances, row_ids, columns, single=single)
 
     def reconstruct(self, row_ids: Any) -> Float32Array:
@@ -339,11 +339,11 @@ class Index:
         )
 
     def _knn(
-        self, queries: Float32Array, k: int, widths: tuple[int, int, int], *, owned: bool
+        self, queries: Float32Array, k: int, widths: tuple[int, int, int]
     ) -> tuple[Float32Array, UInt64Array]:
         nprobe, ef, k_factor = widths
         if self._metric == "cosine":
-            queries = prepare(queries if owned else queries.copy(), "cosine")
+            queries = prepare(queries.copy(), "cosine")  # they may lie in the caller's memory
         parts = []
         for first, segment, mask in self._segments:
             raw, positions = segment.search(queries, k, nprobe=nprobe, ef=ef, k_factor=k_factor, mask=mask)
@@ -406,21 +406,18 @@ class Index:
     ) -> pa.Table:
         found = row_ids != MISSING_ROW_ID
         flat_ids, flat_distances = row_ids[found], distances[found]
-        arrays: list[Any] = []
-        names: list[str] = []
+        arrays: list[Any] = [pa.array(flat_distances, pa.float32()), pa.array(flat_ids, pa.uint64())]
+        fields = [pa.field(DISTANCE_COLUMN, pa.float32()), pa.field(ROW_ID_COLUMN, pa.uint64())]
         if columns is None or len(columns):
             fetched = self._pinned.fetch(flat_ids, columns)
-            for name in fetched.schema.names:
-                if name not in (ROW_ID_COLUMN, DISTANCE_COLUMN):
-                    arrays.append(fetched.column(name))
-                    names.append(name)
-        arrays += [pa.array(flat_distances, pa.float32()), pa.array(flat_ids, pa.uint64())]
-        names += [DISTANCE_COLUMN, ROW_ID_COLUMN]
+            kept = [name for name in fetched.schema.names if name not in (ROW_ID_COLUMN, DISTANCE_COLUMN)]
+            arrays = [fetched.column(name) for name in kept] + arrays
+            fields = [fetched.schema.field(name) for name in kept] + fields
         if not single:
             query = np.repeat(np.arange(len(distances), dtype=np.int32), found.sum(axis=1))
             arrays.insert(0, pa.array(query))
-            names.insert(0, QUERY_INDEX_COLUMN)
-        return pa.Table.from_arrays(arrays, names=names)
+            fields.insert(0, pa.field(QUERY_INDEX_COLUMN, pa.int32(), nullable=False))
+        return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
 
 def _mask(snapshot: Snapshot, first: int, segment: Segment) -> Mask | None:

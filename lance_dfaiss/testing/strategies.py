@@ -124,5 +124,3 @@ def row_id_runs(draw: st.DrawFn, *, max_runs: int = 20) -> tuple[Int64Array, UIn
         ids[run] = after
         after += int(lengths[run])
     return firsts.astype(np.int64), ids, lengths
-
-

@@ -1,0 +1,133 @@
+"""Every benchmark runs, on tiny data, and its results reach the file, the picture and the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.curves import rate_at, widths
+from benchmarks.report import BEGIN, END, compared, markdown_table, write_page
+from benchmarks.timing import interleaved, paired_ratio
+
+ROOT = Path(__file__).parents[2]
+NAMES = ["build", "search", "shards", "open", "memory"]
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench")
+    # One OpenMP thread: on a machine that is busy with other tests, more of them wait for each other.
+    environment = {key: value for key, value in os.environ.items() if key != "LANCE_DFAISS_WORDNET"}
+    environment["OMP_NUM_THREADS"] = "1"
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--repeats", "1", "--into", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    (folder / "printed.txt").write_text(done.stdout, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(quick_run: Path) -> Any:
+    return json.loads((quick_run / "results-quick.json").read_text(encoding="utf-8"))
+
+
+def test_every_benchmark_says_what_it_found_and_where(runs: Any, quick_run: Path) -> None:
+    assert list(runs) == NAMES
+    printed = (quick_run / "printed.txt").read_text(encoding="utf-8")
+    for run in runs.values():
+        assert run["rows"]
+        assert run["quick"] is True
+        assert run["machine"]["cores"] >= 1
+        assert set(run["machine"]["versions"]) == {"lance-dfaiss", "pylance", "faiss-cpu", "numpy", "pyarrow"}
+        for row in run["rows"]:
+            assert f"| {row['what']} | {row['ours']} | {row['peer']} |" in printed
+
+
+def test_raw_faiss_with_our_model_finds_what_ours_finds(runs: Any) -> None:
+    recall = [row for row in runs["search"]["rows"] if "recall@10" in row["what"]]
+    assert len(recall) == 2
+    assert all(row["met"] for row in recall), recall
+
+
+def test_curves_hold_all_systems_and_recall_rises_with_width(runs: Any) -> None:
+    curves = runs["search"]["curves"]
+    systems = {curve["system"] for curve in curves}
+    assert {"ours", "raw FAISS", "Lance IVF_SQ", "Lance IVF_PQ refine 4"} <= systems
+    for curve in curves:
+        assert curve["points"][-1][1] >= curve["points"][0][1]
+        assert curve["points"][-1][1] > 0.5
+
+
+def test_shards_become_one_segment(runs: Any) -> None:
+    (row,) = [row for row in runs["shards"]["rows"] if "search" in row["what"]]
+    assert row["data"]["segments"] == {"many": 1, "one": 1}
+    assert row["data"]["recall"]["many"] == pytest.approx(row["data"]["recall"]["one"], abs=0.005)
+
+
+def test_memory_is_that_of_the_child(runs: Any) -> None:
+    for row in runs["memory"]["rows"]:
+        assert 20e6 < row["data"]["imported_bytes"] < row["data"]["peak_bytes"]
+
+
+def test_results_reach_the_page(runs: Any, tmp_path: Path) -> None:
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n", encoding="utf-8")
+    write_page(page, runs, picture="plot.svg")
+    first = page.read_text(encoding="utf-8")
+    assert "old" not in first
+    assert [first.startswith("before\n"), first.endswith("after\n"), "![" in first] == [True] * 3
+    assert all(f"### {name}" in first for name in NAMES)
+    write_page(page, runs, picture="plot.svg")
+    assert page.read_text(encoding="utf-8") == first
+
+
+def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("text\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="markers"):
+        write_page(page, {}, picture=None)
+    assert page.read_text(encoding="utf-8") == "text\n"
+
+
+def test_the_page_of_this_checkout_has_the_markers() -> None:
+    text = (ROOT / "docs" / "explanation" / "benchmarks.md").read_text(encoding="utf-8")
+    assert 0 <= text.find(BEGIN) < text.find(END)
+
+
+def test_the_aim_decides_what_is_met() -> None:
+    def met(**aim: float) -> bool | None:
+        return compared("x", 3.0, 2.0, unit="s", peer_name="peer", **aim).met  # type: ignore[arg-type]
+
+    assert [met(at_most=1.5), met(at_most=1.4), met(at_least=1.5), met(at_least=1.6), met()] == [
+        True,
+        False,
+        True,
+        False,
+        None,
+    ]
+    row = compared("x", 3.0, 2.0, unit="s", peer_name="peer", at_most=1.25)
+    assert "| x | 3 s | 2 s (peer) | 1.50 | ≤ 1.25 x | **no** |" in markdown_table([row])
+
+
+def test_turns_alternate_and_ratios_are_paired() -> None:
+    order: list[str] = []
+    turns = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert {name: len(found) for name, found in turns.items()} == {"a": 3, "b": 3}
+    # A slow spell that hits both sides of one pair changes no ratio.
+    assert paired_ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == 2.0
+
+
+def test_a_curve_is_read_between_its_points() -> None:
+    points = [(4, 0.9, 1000.0), (8, 1.0, 10.0)]
+    assert rate_at(points, 0.95) == pytest.approx(100.0)
+    assert rate_at(points, 0.8) == 1000.0
+    assert rate_at(points[:1], 0.95) is None
+    assert widths(8) == (1, 2, 4, 8)
+    assert widths(1024)[-1] == 128
