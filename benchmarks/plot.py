@@ -36,7 +36,7 @@ def draw(curves: Sequence[Mapping[str, Any]], path: Path, *, title: str | None) 
     corpora = list(dict.fromkeys(curve["corpus"] for curve in curves))
     # The same numbers give the same file: no random ids, no date.
     with matplotlib.rc_context({"svg.hashsalt": "benchmarks", "svg.fonttype": "none"}):
-        figure = figures.Figure(figsize=(5.2 * len(corpora), 4.2), layout="constrained", facecolor="white")
+        figure = figures.Figure(figsize=(5.2 * len(corpora), 5.0), layout="constrained", facecolor="white")
         for axes, corpus in zip(figure.subplots(1, len(corpora), squeeze=False)[0], corpora, strict=True):
             _panel(axes, corpus, [curve for curve in curves if curve["corpus"] == corpus])
         if title is not None:
@@ -57,4 +57,4 @@ def _panel(axes: Any, corpus: str, curves: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xlabel("recall@10")
     axes.set_ylabel("queries per second")
     axes.grid(visible=True, which="both", alpha=0.25)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -253,7 +253,7 @@ class PinnedDataset:
         table = scanner.to_table()
         return table[_ADDRESS_COLUMN].to_numpy(), table[ROW_ID_COLUMN].to_numpy()
 
-    def blocks(self, column: VectorColumn, fragment_ids: Sequence[int], metric: Metric) -> Iterator[Block]:
+    def blocks(self, column: VectorColumn, fragment_ids: Sequence[int], metric: Metric) -> Generator[Block, None, None]:
         """Stream the rows of some fragments in the given order, decoded.
 
         Parameters
@@ -287,8 +287,10 @@ class PinnedDataset:
             batch_readahead=2,
             fragment_readahead=1,
         )
-        for batch in scanner.to_batches():
-            yield from _decode_batch(batch, column, metric)
+        # Closed by hand: a scan that is given up half-way would go on reading ahead behind our back.
+        with scanner.to_reader() as reader:
+            for batch in reader:
+                yield from _decode_batch(batch, column, metric)
 
     def sample(self, column: VectorColumn, rows: int, metric: Metric, seed: int) -> Sample:
         """Draw usable rows in random blocks of neighbours over all fragments, sorted by place.

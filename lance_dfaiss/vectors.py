@@ -162,7 +162,8 @@ def as_queries(queries: Any, dim: int, metric: Metric) -> tuple[Float32Array, bo
         If the shape is wrong, a value is NaN, Inf or too large, or a query is zero under cosine.
     """
     try:
-        array = np.ascontiguousarray(queries, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what is too large becomes Inf, and is refused below
+            array = np.ascontiguousarray(queries, dtype=np.float32)
     except (TypeError, ValueError) as exc:
         raise InvalidQuery(
             f"a query must be numbers of shape ({dim},) or (n, {dim})", parameter="query", value=type(queries).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from .resolve import resolve_generation
 from .snapshot import Snapshot
 
 __all__ = ["Index", "IndexStats", "open_index"]
+
+_log = logging.getLogger(__name__)
 
 # Without a measurement (too few rows): wide enough for small data, cheap enough for any.
 _FALLBACK_NPROBE = 32
@@ -143,6 +146,7 @@ def open_index(
     )
     segments = load_segments(generation, meter)
     meter.finish()
+    _log.info("index %r: generation %s open at version %d", found.name, generation.manifest.generation, pinned.version)
     return Index(pinned, generation, snapshot, segments)
 
 

@@ -50,7 +50,8 @@ class RowIdMap:
         if len(self._positions) == 1:
             return (positions + self._shift[0]).view(np.uint64)
         run = self._positions.searchsorted(positions, side="right")
-        return (positions + self._shift[run - 1]).view(np.uint64)
+        row_ids: UInt64Array = (positions + self._shift[run - 1]).view(np.uint64)
+        return row_ids
 
     def positions(self, row_ids: UInt64Array) -> Int64Array:
         """Return the positions of row ids, -1 for those that are not covered.

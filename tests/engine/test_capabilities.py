@@ -176,9 +176,7 @@ def test_skipped_rows_are_never_found(kind: str, factory: str) -> None:
 
 
 @pytest.mark.parametrize("metric", ["l2", "dot"])
-@pytest.mark.parametrize(
-    ("kind", "factory"), [case for case in _CASES if capability_table()[case[0]].range == "exact"]
-)
+@pytest.mark.parametrize(("kind", "factory"), [case for case in _CASES if capability_table()[case[0]].range == "exact"])
 def test_a_range_search_is_exact_where_the_table_says_so(kind: str, factory: str, metric: Metric) -> None:
     del kind
     one, _ = _segments(factory, metric)
@@ -243,9 +241,7 @@ def test_reconstruct_works_where_the_table_says_so(kind: str, factory: str, stor
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(
-    ("kind", "factory"), [case for case in FACTORIES.items() if capability_table()[case[0]].exact]
-)
+@pytest.mark.parametrize(("kind", "factory"), [case for case in FACTORIES.items() if capability_table()[case[0]].exact])
 def test_exact_types_give_the_distances_of_the_vectors(kind: str, factory: str, metric: Metric) -> None:
     del kind
     one, _ = _segments(factory, metric)

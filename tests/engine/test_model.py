@@ -95,7 +95,9 @@ def test_given_centroids_are_used_exactly(factory: str) -> None:
 def test_given_centroids_are_normalised_under_cosine_without_touching_the_callers() -> None:
     given = 5 * clustered(8, DIM, 3)
     kept = given.copy()
-    model = train_model(_spec("IVF8,Flat", metric="cosine"), prepare(clustered(ROWS, DIM, 1), "cosine"), ivf_centroids=given)
+    model = train_model(
+        _spec("IVF8,Flat", metric="cosine"), prepare(clustered(ROWS, DIM, 1), "cosine"), ivf_centroids=given
+    )
     np.testing.assert_array_equal(given, kept)
     np.testing.assert_allclose(_centroids(model), kept / np.linalg.norm(kept, axis=1, keepdims=True), rtol=1e-5)
 

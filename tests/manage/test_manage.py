@@ -46,7 +46,7 @@ def test_two_indexes_on_one_dataset(dataset: lance.LanceDataset) -> None:
     drop_index(dataset, "a")
     assert list_indices(dataset) == ["b"]
     assert same(answers(dataset), b)
-    with pytest.raises(IndexNotFound, match="no index 'a'.*It has 'b'") as caught:
+    with pytest.raises(IndexNotFound, match=r"no index 'a'.*It has 'b'") as caught:
         drop_index(dataset, "a")
     assert caught.value.available == ("b",)
 
@@ -92,7 +92,12 @@ def test_odd_names(dataset: lance.LanceDataset, name: str) -> None:
     create_index(dataset, "vector", "FLAT", name, replace=True)
     drop_index(dataset, name)
     assert list_indices(dataset.uri) == []
-    assert sorted(path.name for path in Path(dataset.uri).iterdir()) == ["_dfaiss", "_transactions", "_versions", "data"]
+    assert sorted(path.name for path in Path(dataset.uri).iterdir()) == [
+        "_dfaiss",
+        "_transactions",
+        "_versions",
+        "data",
+    ]
 
 
 def test_describe_counts(dataset: lance.LanceDataset) -> None:

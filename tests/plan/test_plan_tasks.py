@@ -86,10 +86,14 @@ def test_no_shard_is_more_than_a_fragment_over_its_share(fragments: list[Fragmen
 
 
 def test_the_refusal_names_fragments_and_bytes() -> None:
-    with pytest.raises(BudgetExceeded, match=r"2,000 rows \(fragments 1\) needs 200,000 bytes, the budget is 150,000"):
-        plan_tasks(_fragments(1000, 2000), _FLAT, num_shards=None, budget_bytes=150_000)
-    with pytest.raises(BudgetExceeded, match=r"fragments 0, 1\).*300,000 bytes"):
-        plan_tasks(_fragments(1000, 2000), _FLAT, num_shards=1, budget_bytes=250_000)
+    one, both = (encode_peak_bytes(_FLAT, rows) for rows in (2000, 3000))
+    assert both - one == 1000 * 100
+    with pytest.raises(
+        BudgetExceeded, match=rf"2,000 rows \(fragments 1\) needs {one:,} bytes, the budget is {one - 1:,}"
+    ):
+        plan_tasks(_fragments(1000, 2000), _FLAT, num_shards=None, budget_bytes=one - 1)
+    with pytest.raises(BudgetExceeded, match=rf"3,000 rows \(fragments 0, 1\) needs {both:,} bytes"):
+        plan_tasks(_fragments(1000, 2000), _FLAT, num_shards=1, budget_bytes=one)
 
 
 @given(fragment_states(max_size=5), row_costs())

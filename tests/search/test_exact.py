@@ -110,7 +110,13 @@ EVERY_INDEX = {**_INDEXES, **_APPROXIMATE}
 
 def _opened(plain: lance.LanceDataset, num_shards: int, metric: Metric, asked: dict[str, object]) -> lance_dfaiss.Index:
     built = lance_dfaiss.create_index(
-        plain, "vec", name="i", metric=metric, num_shards=num_shards, replace=True, **asked  # type: ignore[arg-type]
+        plain,
+        "vec",
+        name="i",
+        metric=metric,
+        num_shards=num_shards,
+        replace=True,
+        **asked,  # type: ignore[arg-type]
     )
     return lance_dfaiss.open_index(built, "i")
 

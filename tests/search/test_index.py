@@ -155,8 +155,7 @@ def test_branches_have_indexes_of_their_own(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, lance_dfaiss.Index]:
     return {
-        name: lance_dfaiss.open_index(_built(tmp_path_factory.mktemp(name), name, metric="cosine"))
-        for name in INDEXES
+        name: lance_dfaiss.open_index(_built(tmp_path_factory.mktemp(name), name, metric="cosine")) for name in INDEXES
     }
 
 

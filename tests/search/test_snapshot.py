@@ -40,9 +40,7 @@ def _covers(states: list[FragmentState], num_shards: int, skipped: set[int]) -> 
 @given(row_id_runs())
 def test_positions_and_row_ids_are_each_others_inverse(runs: tuple[Int64Array, UInt64Array, Int64Array]) -> None:
     firsts, ids, lengths = runs
-    table = {
-        int(p) + i: int(r) + i for p, r, n in zip(firsts, ids, lengths, strict=True) for i in range(int(n))
-    }
+    table = {int(p) + i: int(r) + i for p, r, n in zip(firsts, ids, lengths, strict=True) for i in range(int(n))}
     mapping = RowIdMap(firsts, ids, lengths)
     positions = np.array(list(table), dtype=np.int64)
     row_ids = np.array(list(table.values()), dtype=np.uint64)
@@ -99,9 +97,7 @@ def test_live_is_what_is_indexed_and_not_deleted(
     assert snapshot.live_rows == sum(expected)
     assert snapshot.masked_rows == total - len(skipped) - sum(expected)
     addresses = [(state.fragment_id << 32) + offset for state in states for offset in range(state.physical_rows)]
-    np.testing.assert_array_equal(
-        snapshot.row_ids.row_ids(np.arange(total)), np.array(addresses, dtype=np.uint64)
-    )
+    np.testing.assert_array_equal(snapshot.row_ids.row_ids(np.arange(total)), np.array(addresses, dtype=np.uint64))
 
 
 def test_stable_row_ids_come_from_the_cover() -> None:
