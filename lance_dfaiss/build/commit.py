@@ -1,0 +1,219 @@
+"""Turn finished shards into the current generation: check the dataset, write the manifest, move the pointer."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from datetime import datetime, timezone
+
+from .._version import __version__
+from ..errors import CommitConflict, CorruptIndex, DatasetChanged, ModelMismatch
+from ..lance_io import PinnedDataset, VectorColumn
+from ..manifest import (
+    BuildPlan,
+    BuildStatistics,
+    Manifest,
+    ModelEntry,
+    Pointer,
+    RecallReport,
+    ShardEntry,
+    ShardRecord,
+    SkipCounts,
+    check_cover_disjoint,
+    encode,
+)
+from ..pointers import IN_DATASET, publish
+from ..storage import Store, digest_bytes, write_document
+from .train import TrainedModel
+
+__all__ = ["check_still_covered", "publish_manifest", "write_manifest"]
+
+
+def check_still_covered(plan: BuildPlan, newest: PinnedDataset, column: VectorColumn) -> None:
+    """Check that every fragment of a plan is still live and unchanged.
+
+    A fragment all of whose rows were deleted meanwhile is gone from the dataset: it changes nothing,
+    unless new fragments appeared, which its rows may have moved to.
+
+    Parameters
+    ----------
+    plan : BuildPlan
+        What was built.
+    newest : PinnedDataset
+        Newest version of the dataset.
+    column : VectorColumn
+        The column at the plan's version.
+
+    Raises
+    ------
+    DatasetChanged
+        Naming the fragments that changed or vanished.
+    """
+    now = {state.fragment_id: state for state in newest.fragments(newest.vector_column(column.name))}
+    covers = {cover.fragment_id: cover for task in plan.tasks for cover in task.fragments}
+    changed = [i for i, cover in covers.items() if i in now and now[i].signature != cover.signature]
+    gone = [i for i in covers if i not in now]
+    if changed or (gone and set(now) - set(covers)):
+        named = tuple(sorted(changed + gone))
+        raise DatasetChanged(
+            f"fragments {', '.join(map(str, named[:10]))} of {newest.uri} were rewritten or compacted while the index"
+            f" was built over version {plan.dataset.version}; it now has version {newest.version}",
+            remedy="Run create_index again; pause compaction and updates of the vector column meanwhile",
+            fragments=named,
+        )
+
+
+def write_manifest(
+    plan: BuildPlan,
+    trained: TrainedModel,
+    records: Sequence[ShardRecord],
+    *,
+    recall: RecallReport | None,
+    seconds: Sequence[tuple[str, float]],
+) -> Manifest:
+    """Describe the generation, after checking that its shards belong together.
+
+    Parameters
+    ----------
+    plan : BuildPlan
+        What was built.
+    trained : TrainedModel
+        Its model.
+    records : sequence of ShardRecord
+        One per task, in order.
+    recall : RecallReport or None
+        What was measured.
+    seconds : sequence of (str, float)
+        Time of each phase.
+
+    Raises
+    ------
+    ModelMismatch
+        If a shard was encoded by another model.
+    CoverOverlap
+        If two shards cover one fragment.
+    """
+    check_cover_disjoint(records)
+    for record in records:
+        if record.fingerprint != trained.model.fingerprint.digest:
+            raise ModelMismatch(
+                f"shard {record.ordinal} was encoded by model {record.fingerprint[:12]}, this generation's is"
+                f" {trained.model.fingerprint.digest[:12]}",
+                remedy="Build without resume",
+                location=record.index.name,
+                expected=trained.model.fingerprint.digest,
+                found=record.fingerprint,
+            )
+    entries = tuple(_shard_entry(record) for record in records)
+    return Manifest(
+        generation=plan.generation,
+        name=plan.name,
+        parent=None,
+        created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created_by=f"lance-dfaiss {__version__}",
+        spec=plan.spec,
+        model=ModelEntry(
+            record=digest_bytes(trained.record_name, encode(trained.record)),
+            file=trained.record.file,
+            fingerprint=trained.record.fingerprint,
+        ),
+        dataset=plan.dataset,
+        shards=entries,
+        skipped=_total_skipped(records),
+        statistics=BuildStatistics(
+            sampled_rows=trained.record.sampled_rows,
+            training_error=trained.record.training_error,
+            list_imbalance=_imbalance(plan, records),
+            seconds=tuple((name, round(value, 3)) for name, value in seconds),
+        ),
+        recall=recall,
+    )
+
+
+def publish_manifest(
+    manifest: Manifest,
+    *,
+    pinned: PinnedDataset,
+    store: Store,
+    previous: tuple[str, str] | None,
+    index_uri: str | None,
+) -> None:
+    """Write the manifest and make its generation current.
+
+    Parameters
+    ----------
+    manifest : Manifest
+        Complete.
+    pinned : PinnedDataset
+        Dataset to commit to.
+    store : Store
+        Where generations lie.
+    previous : tuple of (str, str) or None
+        Generation and text of the pointer that the build started from.
+    index_uri : str or None
+        Where generations lie, if not in the dataset.
+
+    Raises
+    ------
+    CommitConflict
+        If another writer was faster.
+    """
+    for entry in (manifest.model.record, *(shard.record for shard in manifest.shards)):
+        if not store.exists(entry.name):
+            raise CorruptIndex(
+                f"{store.location}/{entry.name} vanished before the commit", remedy="Build again", location=entry.name
+            )
+    name = f"{manifest.generation}/manifest.json"
+    if store.exists(name):
+        # Of a build that stopped just before its pointer, or of a living twin's: never rewritten, so it keeps its name.
+        name = f"{manifest.generation}/manifest-{uuid.uuid4().hex[:12]}.json"
+    reference = write_document(store, name, encode(manifest))
+    pointer = Pointer(
+        generation=manifest.generation,
+        where=IN_DATASET if index_uri is None else index_uri,
+        root=pinned.root,
+        manifest=reference,
+        previous=None if previous is None else previous[0],
+    )
+    try:
+        publish(
+            pinned,
+            manifest.name,
+            pointer,
+            expected=None if previous is None else previous[1],
+            index_uri=index_uri,
+        )
+    except CommitConflict:
+        store.delete(reference.name)
+        raise
+
+
+def _shard_entry(record: ShardRecord) -> ShardEntry:
+    name = f"{record.generation}/shard-{record.ordinal:05d}-{record.attempt}.json"
+    return ShardEntry(
+        record=digest_bytes(name, encode(record)),
+        indexed_rows=record.indexed_rows,
+        physical_rows=record.cover.physical_rows,
+        length_bytes=record.index.length_bytes + (record.refine.length_bytes if record.refine else 0),
+    )
+
+
+def _total_skipped(records: Sequence[ShardRecord]) -> SkipCounts:
+    return SkipCounts(
+        deleted=sum(record.skipped.deleted for record in records),
+        null=sum(record.skipped.null for record in records),
+        non_finite=sum(record.skipped.non_finite for record in records),
+        zero=sum(record.skipped.zero for record in records),
+    )
+
+
+def _imbalance(plan: BuildPlan, records: Sequence[ShardRecord]) -> float | None:
+    """Rows of the fullest list over the mean, worst shard; 1.0 is perfectly even."""
+    if not plan.spec.num_partitions:
+        return None
+    ratios = [
+        (record.largest_list_rows or 0) * plan.spec.num_partitions / record.indexed_rows
+        for record in records
+        if record.indexed_rows
+    ]
+    return max(ratios, default=None)

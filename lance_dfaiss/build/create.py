@@ -1,0 +1,514 @@
+"""`create_index`: plan, train, encode, check, commit. Every phase can be run again after an interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from .. import engine
+from ..errors import (
+    CommitConflict,
+    DatasetChanged,
+    IndexExists,
+    InsufficientData,
+    InvalidArgument,
+    InvalidVectors,
+    ReadOnlyStorage,
+    RecallTooLow,
+)
+from ..lance_io import LanceDataset, PinnedDataset, VectorColumn, move_to_latest, open_dataset
+from ..manifest import BuildPlan, DatasetEntry, Manifest, RecallReport, ShardRecord, decode_plan, decode_shard_record, encode
+from ..plan import Estimate, RowCost, estimate, plan_tasks, resolve_spec, sample_rows
+from ..pointers import FoundPointer, find_pointer, pointer_texts
+from ..progress import PhaseMeter, Progress, SilentProgress
+from ..spec import BuildOptions, IndexSpec
+from ..storage import MAX_DOCUMENT_BYTES, Store, open_store
+from ..types import DEFAULT_SEED, Coarse, Float32Array, IndexType, Metric, OnInvalid, Refine
+from .check import RecallMeter, ShardCheck
+from .commit import check_still_covered, publish_manifest, write_manifest
+from .encode import EncodeJob
+from .runner import LocalRunner
+from .train import TrainedModel, find_trained, load_arrays, train
+
+__all__ = ["PlannedBuild", "create_index", "plan_index"]
+
+_log = logging.getLogger(__name__)
+
+_PLAN_FILE = "plan.json"
+
+# After these nothing that was built can be of use to a second try.
+_HOPELESS = (InvalidVectors, InsufficientData, CommitConflict, DatasetChanged)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedBuild:
+    """What a build is going to do, in numbers; nothing has been written.
+
+    Parameters
+    ----------
+    spec : IndexSpec
+        What was asked for.
+    options : BuildOptions
+        How.
+    pinned : PinnedDataset
+        The dataset version it is built over.
+    column : VectorColumn
+        The vector column.
+    store : Store
+        Where generations lie.
+    previous : FoundPointer or None
+        Index of the same name that it will replace.
+    plan : BuildPlan
+        Index, shards and fragments, with nothing left open.
+    cost : RowCost
+        Bytes of a row.
+    rows : int
+        Live rows.
+    sample_rows : int
+        Training rows.
+    budget_bytes : int
+        Memory per worker.
+    estimate : Estimate
+        What it will take.
+    """
+
+    spec: IndexSpec
+    options: BuildOptions
+    pinned: PinnedDataset
+    column: VectorColumn
+    store: Store
+    previous: FoundPointer | None
+    plan: BuildPlan
+    cost: RowCost
+    rows: int
+    sample_rows: int
+    budget_bytes: int
+    estimate: Estimate
+
+
+def create_index(
+    dataset: str | os.PathLike[str] | LanceDataset,
+    column: str,
+    index_type: IndexType = "AUTO",
+    name: str | None = None,
+    *,
+    metric: Metric = "l2",
+    replace: bool = False,
+    num_partitions: int | None = None,
+    num_sub_vectors: int | None = None,
+    num_bits: int | None = None,
+    sample_rate: int = 256,
+    ivf_centroids: Float32Array | None = None,
+    pq_codebook: Float32Array | None = None,
+    factory: str | None = None,
+    coarse: Coarse = "flat",
+    refine: Refine | Literal["auto"] | None = "auto",
+    num_shards: int | None = None,
+    num_segments: int | None = None,
+    num_workers: int = 1,
+    memory_budget_bytes: int | None = None,
+    on_invalid: OnInvalid = "skip",
+    min_recall: float | None = None,
+    index_uri: str | None = None,
+    resume: bool = False,
+    seed: int = DEFAULT_SEED,
+    storage_options: Mapping[str, str] | None = None,
+    block_size: int | None = None,
+    progress: Progress | None = None,
+) -> LanceDataset:
+    """Build a FAISS index over a vector column and commit it to the dataset.
+
+    Parameters
+    ----------
+    dataset : str, path or lance.LanceDataset
+        The dataset; built over the version that the handle is at.
+    column : str
+        Vector column, dotted for a nested field.
+    index_type : str
+        ``"AUTO"``, ``"FLAT"``, ``"IVF_FLAT"``, ``"IVF_SQ"``, ``"IVF_PQ"``, ``"IVF_RQ"``, ``"HNSW_FLAT"`` or
+        ``"HNSW_SQ"``.
+    name : str, optional
+        Name of the index; the column's name and ``_idx`` by default.
+    metric : str
+        ``"l2"``, ``"cosine"`` or ``"dot"``.
+    replace : bool
+        Replace an index of the same name; readers of the old one are not disturbed.
+    num_partitions, num_sub_vectors, num_bits : int, optional
+        IVF lists, PQ sub-quantizers, bits per code (4 or 8).
+    sample_rate : int
+        Training rows per partition.
+    ivf_centroids : numpy.ndarray, optional
+        float32 ``(num_partitions, dim)``, used instead of k-means.
+    pq_codebook : numpy.ndarray, optional
+        float32 ``(num_sub_vectors, 2**num_bits, dim // num_sub_vectors)``, used instead of PQ training.
+    factory : str, optional
+        A FAISS factory string, instead of ``index_type`` and its parameters.
+    coarse : str
+        How the nearest lists are found: ``"flat"``, or ``"hnsw"`` for very many.
+    refine : str or None
+        Finer codes to re-rank with: ``"sq8"``, ``"fp16"``, ``"flat"``, None, or ``"auto"``.
+    num_shards, num_segments : int, optional
+        Shards to write (two names for one thing); by default as few as the budget allows.
+    num_workers : int
+        Shards encoded at the same time.
+    memory_budget_bytes : int, optional
+        Per worker; by default half of the machine's memory divided by the workers.
+    on_invalid : str
+        ``"skip"`` counts and skips null, non-finite and (cosine) zero vectors, ``"error"`` refuses them.
+    min_recall : float, optional
+        Refuse to commit an index that measures less recall@10.
+    index_uri : str, optional
+        Path or fsspec URL to write the index under, instead of inside the dataset.
+    resume : bool
+        Go on with an interrupted build of the same index, re-using finished shards.
+    seed : int
+        Of sampling and k-means: the same rows and seed give the same model.
+    storage_options : mapping, optional
+        For a dataset given by URI.
+    block_size : int, optional
+        Lance's read block size in bytes, for a dataset given by URI.
+    progress : Progress, optional
+        Listener.
+
+    Returns
+    -------
+    lance.LanceDataset
+        The dataset, moved to the version that has the index; the handle passed in, if one was.
+
+    Raises
+    ------
+    IndexExists
+        If the name is taken and ``replace`` is False.
+    InvalidArgument, UnknownColumn, InsufficientData, BudgetExceeded
+        Before anything is written.
+    InvalidVectors
+        If there is nothing to index, or ``on_invalid="error"`` met a bad row.
+    RecallTooLow, CommitConflict, DatasetChanged
+        At the end; the dataset keeps the index it had.
+    StorageError
+        If files could not be written; run again with ``resume=True``.
+    """
+    spec = IndexSpec(
+        name=f"{column}_idx" if name is None else name,
+        column=column,
+        index_type=index_type,
+        metric=metric,
+        factory=factory,
+        num_partitions=num_partitions,
+        num_sub_vectors=num_sub_vectors,
+        num_bits=num_bits,
+        coarse=coarse,
+        refine=refine,
+        sample_rate=sample_rate,
+        seed=seed,
+        ivf_centroids=ivf_centroids,
+        pq_codebook=pq_codebook,
+    )
+    options = BuildOptions(
+        replace=replace,
+        resume=resume,
+        num_shards=_one_of(num_shards, num_segments),
+        num_workers=num_workers,
+        memory_budget_bytes=memory_budget_bytes,
+        on_invalid=on_invalid,
+        min_recall=min_recall,
+        index_uri=index_uri,
+        progress=SilentProgress() if progress is None else progress,
+    )
+    handle = open_dataset(dataset, storage_options=storage_options, block_size=block_size)
+    run_build(plan_index(handle, spec, options))
+    move_to_latest(handle)
+    return handle
+
+
+def plan_index(dataset: LanceDataset, spec: IndexSpec, options: BuildOptions) -> PlannedBuild:
+    """Decide everything about a build, and refuse what cannot work; writes nothing.
+
+    Parameters
+    ----------
+    dataset : lance.LanceDataset
+        Handle at the version to build over.
+    spec : IndexSpec
+        What to build.
+    options : BuildOptions
+        How.
+
+    Raises
+    ------
+    IndexExists, InvalidArgument, UnknownColumn, InsufficientData, BudgetExceeded, ReadOnlyStorage
+        With what was expected, found, and what to do.
+    """
+    pinned = PinnedDataset(dataset)
+    column = pinned.vector_column(spec.column)
+    states = pinned.fragments(column)
+    rows = sum(state.live_rows for state in states)
+    budget = options.memory_budget_bytes or _default_budget(options.num_workers)
+    resolved = resolve_spec(
+        spec,
+        dim=column.dim,
+        rows=rows,
+        largest_fragment_rows=max((state.physical_rows for state in states), default=0),
+        budget_bytes=budget,
+        parts=None if spec.factory is None else engine.split_factory(spec.factory),
+    )
+    engine.check_trainable(resolved, rows)
+    cost = engine.footprint(resolved.factory, column.dim, resolved.metric, resolved.refine)
+    tasks = plan_tasks(states, cost, num_shards=options.num_shards, budget_bytes=budget)
+    sample = sample_rows(resolved, rows=rows, budget_bytes=budget)
+    previous = _previous(pinned, spec, options)
+    plan = BuildPlan(
+        generation=str(uuid.uuid4()),
+        name=spec.name,
+        request=_request_digest(spec, options),
+        spec=resolved,
+        dataset=DatasetEntry(
+            uri=pinned.root,
+            version=pinned.version,
+            column=column.name,
+            field_id=column.field_id,
+            value_type=column.type.value_type,
+        ),
+        previous=None if previous is None else previous.pointer.generation,
+        tasks=tasks,
+    )
+    return PlannedBuild(
+        spec=spec,
+        options=options,
+        pinned=pinned,
+        column=column,
+        store=_writable_store(pinned, options),
+        previous=previous,
+        plan=plan,
+        cost=cost,
+        rows=rows,
+        sample_rows=sample,
+        budget_bytes=budget,
+        estimate=estimate(resolved, cost, tasks, sample=sample, cores=os.cpu_count() or 1),
+    )
+
+
+def run_build(planned: PlannedBuild) -> Manifest:
+    """Carry out a planned build, or go on with an interrupted one like it.
+
+    Returns
+    -------
+    Manifest
+        Of the generation that is now current.
+    """
+    plan, pinned = planned.plan, planned.pinned
+    if planned.options.resume:
+        found = _find_unfinished(planned)
+        if found is not None:
+            # Over the version at hand, as the one it began with may be cleaned up: the signatures are equal, so only
+            # deletions can differ, and those are masked when the index is opened.
+            plan = found
+    try:
+        return _phases(planned, plan, pinned)
+    except _HOPELESS:
+        _remove(planned.store, plan.generation)
+        raise
+
+
+def _phases(planned: PlannedBuild, plan: BuildPlan, pinned: PinnedDataset) -> Manifest:
+    store, progress, seconds = planned.store, planned.options.progress, []
+    meter = PhaseMeter(progress, "train", planned.sample_rows)
+    trained = find_trained(plan, store)
+    if trained is None:
+        trained = train(
+            plan, planned.spec, pinned=pinned, column=planned.column, store=store, rows=planned.sample_rows, meter=meter
+        )
+    if not store.exists(f"{plan.generation}/{_PLAN_FILE}"):
+        store.write(f"{plan.generation}/{_PLAN_FILE}", encode(plan))
+    meter.finish()
+    seconds.append(("train", meter.seconds))
+    _log.info("index %r: model %s trained on %d rows", plan.name, plan.spec.factory, trained.record.sampled_rows)
+
+    meter = PhaseMeter(progress, "encode", sum(task.physical_rows for task in plan.tasks))
+    records = _encode(planned, plan, pinned, trained, meter)
+    meter.finish()
+    seconds.append(("encode", meter.seconds))
+    indexed = sum(record.indexed_rows for record in records)
+    _log.info("index %r: %d rows encoded in %d shards, %.1f s", plan.name, indexed, len(records), meter.seconds)
+
+    meter = PhaseMeter(progress, "check")
+    recall = _check(planned, plan, store, records, meter)
+    meter.finish()
+    seconds.append(("check", meter.seconds))
+
+    meter = PhaseMeter(progress, "commit")
+    check_still_covered(plan, pinned.latest(), planned.column)
+    manifest = write_manifest(plan, trained, records, recall=recall, seconds=seconds)
+    publish_manifest(
+        manifest,
+        pinned=pinned,
+        store=store,
+        previous=None if planned.previous is None else (planned.previous.pointer.generation, planned.previous.text),
+        index_uri=planned.options.index_uri,
+    )
+    meter.finish()
+    _log.info("index %r: generation %s is current", plan.name, plan.generation)
+    return manifest
+
+
+def _encode(
+    planned: PlannedBuild, plan: BuildPlan, pinned: PinnedDataset, trained: TrainedModel, meter: PhaseMeter
+) -> list[ShardRecord]:
+    finished = _finished_records(plan, trained, planned.store) if planned.options.resume else {}
+    meter.add(sum(record.cover.physical_rows for record in finished.values()))
+    job = EncodeJob(
+        plan=plan,
+        pinned=pinned,
+        column=planned.column,
+        trained=trained,
+        store=planned.store,
+        on_invalid=planned.options.on_invalid,
+        meter=meter,
+    )
+    waiting = [task for task in plan.tasks if task.ordinal not in finished]
+    for record in LocalRunner(planned.options.num_workers).run(job, waiting):
+        finished[record.ordinal] = record
+    records = [finished[task.ordinal] for task in plan.tasks]
+    if not any(record.indexed_rows for record in records):
+        raise InvalidVectors(
+            f"column {planned.column.name!r} holds no usable vector", column=planned.column.name, row_ids=()
+        )
+    return records
+
+
+def _check(
+    planned: PlannedBuild, plan: BuildPlan, store: Store, records: list[ShardRecord], meter: PhaseMeter
+) -> RecallReport | None:
+    recall_meter = RecallMeter(plan.spec, planned.cost)
+    first = 0
+    for record in records:
+        if record.check is not None:
+            recall_meter.add(first, ShardCheck(**load_arrays(store, record.check)))
+        first += record.cover.physical_rows
+        meter.add()
+    report = recall_meter.report(sum(record.indexed_rows for record in records))
+    required = planned.options.min_recall
+    if report is None or required is None:
+        return report
+    best = max(point.recall for point in report.points)
+    if best < required:
+        raise RecallTooLow(
+            f"the index measured recall@{report.k} {best:.4f} at its widest search, min_recall is {required}",
+            remedy="Nothing was committed. Use a refine store, more bits or more sub-vectors; or run again with"
+            " resume=True and a lower min_recall to take this one",
+            measured=best,
+            required=required,
+        )
+    return report
+
+
+def _find_unfinished(planned: PlannedBuild) -> BuildPlan | None:
+    """Return the plan of an interrupted build of the same thing over the same rows, if there is one."""
+    store, wanted = planned.store, planned.plan
+    for file in store.list(""):
+        if file.name.partition("/")[2] != _PLAN_FILE:
+            continue
+        found = decode_plan(store.read(file.name, max_bytes=MAX_DOCUMENT_BYTES), location=file.name)
+        same = (found.name, found.request, found.spec, found.previous) == (
+            wanted.name,
+            wanted.request,
+            wanted.spec,
+            wanted.previous,
+        )
+        if same and _signatures(found) == _signatures(wanted) and found.dataset.field_id == wanted.dataset.field_id:
+            return found
+    return None
+
+
+def _finished_records(plan: BuildPlan, trained: TrainedModel, store: Store) -> dict[int, ShardRecord]:
+    """Return the shards of a plan that are complete, one attempt of each."""
+    files = {file.name: file.length_bytes for file in store.list(plan.generation)}
+    finished: dict[int, ShardRecord] = {}
+    for name in files:
+        if not name.startswith(f"{plan.generation}/shard-") or not name.endswith(".json"):
+            continue
+        record = decode_shard_record(store.read(name, max_bytes=MAX_DOCUMENT_BYTES), location=name)
+        complete = all(files.get(entry.name, -1) in (entry.length_bytes, None) for entry in record.files)
+        if complete and record.fingerprint == trained.model.fingerprint.digest:
+            finished.setdefault(record.ordinal, record)
+    return finished
+
+
+def _signatures(plan: BuildPlan) -> dict[int, object]:
+    return {cover.fragment_id: (cover.physical_rows, cover.signature) for task in plan.tasks for cover in task.fragments}
+
+
+def _previous(pinned: PinnedDataset, spec: IndexSpec, options: BuildOptions) -> FoundPointer | None:
+    newest = pinned.latest()
+    if spec.name not in pointer_texts(newest, options.index_uri):
+        return None
+    if not options.replace:
+        raise IndexExists(
+            f"an index named {spec.name!r} exists on {pinned.uri}",
+            remedy="Pass replace=True, or another name",
+            name=spec.name,
+        )
+    return find_pointer(newest, spec.name, options.index_uri)
+
+
+def _writable_store(pinned: PinnedDataset, options: BuildOptions) -> Store:
+    if options.index_uri is not None:
+        store = open_store(options.index_uri)
+        store.check_writable()
+        return store
+    store = pinned.session_store()
+    try:
+        pinned.check_writable()
+        store.check_writable()
+    except ReadOnlyStorage as exc:
+        raise ReadOnlyStorage(
+            f"the dataset at {pinned.uri} cannot be written",
+            remedy="Pass index_uri=... naming a place for the index that can be written",
+            location=pinned.uri,
+        ) from exc
+    return store
+
+
+def _request_digest(spec: IndexSpec, options: BuildOptions) -> str:
+    """Digest what the caller asked for, so that only the same build is resumed."""
+    asked = {
+        name: getattr(spec, name)
+        for name in (
+            "column", "index_type", "metric", "factory", "num_partitions", "num_sub_vectors", "num_bits",
+            "coarse", "refine", "sample_rate", "seed",
+        )
+    }  # fmt: skip
+    for name in ("ivf_centroids", "pq_codebook"):
+        array = getattr(spec, name)
+        asked[name] = None if array is None else hashlib.sha256(array.tobytes()).hexdigest()
+    asked["num_shards"] = options.num_shards
+    asked["on_invalid"] = options.on_invalid
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def _remove(store: Store, generation: str) -> None:
+    files = store.list(generation)
+    if any(file.name.startswith(f"{generation}/manifest") for file in files):
+        return  # a twin that resumed the same build may have committed it
+    for file in files:
+        store.delete(file.name)
+
+
+def _default_budget(num_workers: int) -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // num_workers
+
+
+def _one_of(num_shards: int | None, num_segments: int | None) -> int | None:
+    if num_shards is not None and num_segments not in (None, num_shards):
+        raise InvalidArgument(
+            f"num_shards={num_shards} and num_segments={num_segments} are two names for one thing",
+            remedy="Pass one of them",
+            parameter="num_segments",
+            value=num_segments,
+        )
+    return num_segments if num_shards is None else num_shards

@@ -1,0 +1,309 @@
+"""One shard task: stream fragments into a clone of the model, check it, write it, write its record."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import uuid
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..engine import Mask, Segment, ShardEncoder, prepare, save_shard
+from ..errors import DatasetChanged, InvalidVectors
+from ..lance_io import Block, PinnedDataset, VectorColumn
+from ..manifest import BuildPlan, Cover, FileEntry, RunTable, ShardRecord, ShardTask, SkipCounts, encode
+from ..progress import PhaseMeter
+from ..storage import Store
+from ..types import Float32Array, Int64Array, Metric, OnInvalid, UInt64Array
+from .check import MAX_K_FACTOR, RECALL_K, ExactScorer, ShardCheck, arrays_of, check_widths
+from .train import TrainedModel, save_arrays
+
+__all__ = ["EncodeJob"]
+
+# Rows are encoded in blocks of about this size: FAISS's adds and BLAS pay per call, memory per block.
+_BLOCK_BYTES = 16 * 1024 * 1024
+
+# Blocks read ahead of the encoder, beside the one that is being filled.
+_READ_AHEAD = 1
+
+_MAX_NAMED_ROWS = 10
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodeJob:
+    """Everything the tasks of one build share; call it with a task.
+
+    Parameters
+    ----------
+    plan : BuildPlan
+        What is built.
+    pinned : PinnedDataset
+        The plan's version.
+    column : VectorColumn
+        What is read.
+    trained : TrainedModel
+        Model and held-out queries.
+    store : Store
+        Where generations lie.
+    on_invalid : str
+        ``"skip"`` or ``"error"``.
+    meter : PhaseMeter
+        Told of rows and bytes.
+    """
+
+    plan: BuildPlan
+    pinned: PinnedDataset
+    column: VectorColumn
+    trained: TrainedModel
+    store: Store
+    on_invalid: OnInvalid
+    meter: PhaseMeter
+
+    def __call__(self, task: ShardTask) -> ShardRecord:
+        """Encode one shard and write its files, its record last.
+
+        Raises
+        ------
+        InvalidVectors
+            If a row cannot be indexed and ``on_invalid="error"``.
+        DatasetChanged
+            If a fragment holds other rows than the plan says.
+        """
+        encoder = ShardEncoder(self.trained.model, task.physical_rows)
+        rows = _RowBook(task, stable=self.pinned.stable_row_ids)
+        scorer = self._scorer(task)
+        blocks = self.pinned.blocks(self.column, task.fragment_ids, self.plan.spec.metric)
+        for positions, vectors in _prefetched(self._vectors(blocks, rows)):
+            encoder.add(positions, vectors)
+            scorer.add(positions, vectors)
+            self.meter.add(len(positions), len(positions) * self.column.stored_row_bytes)
+        encoder.finish()
+        self.meter.add(task.physical_rows - encoder.indexed_rows)
+        return self._write(task, encoder, rows, self._check(encoder, scorer, rows))
+
+    def _vectors(
+        self, blocks: Generator[Block, None, None], rows: _RowBook
+    ) -> Generator[tuple[Int64Array, Float32Array], None, None]:
+        """Book every block's rows and join small blocks into larger ones."""
+        with closing(blocks):
+            yield from self._larger(blocks, rows)
+
+    def _larger(self, blocks: Iterator[Block], rows: _RowBook) -> Iterator[tuple[Int64Array, Float32Array]]:
+        limit = max(_BLOCK_BYTES // (4 * self.column.dim), 1)
+        held: list[tuple[Int64Array, Float32Array]] = []
+        count = 0
+        for block in blocks:
+            positions = rows.book(block)
+            if self.on_invalid == "error" and len(block.bad_row_ids):
+                raise self._refused(block)
+            held.append((positions, block.vectors))
+            count += len(positions)
+            if count >= limit:
+                yield _joined(held, self.plan.spec.metric)
+                held, count = [], 0
+        if held:
+            yield _joined(held, self.plan.spec.metric)
+
+    def _scorer(self, task: ShardTask) -> ExactScorer:
+        held_out = self.trained.held_out
+        firsts = {cover.fragment_id: cover.first_position for cover in task.fragments}
+        own = [
+            firsts[fragment] + offset if fragment in firsts else -1
+            for fragment, offset in zip(held_out.fragment_ids.tolist(), held_out.offsets.tolist(), strict=True)
+        ]
+        return ExactScorer(
+            held_out.vectors,
+            similarity=self.plan.spec.metric != "l2",
+            own_positions=np.array(own, dtype=np.int64).reshape(len(own)),
+        )
+
+    def _check(self, encoder: ShardEncoder, scorer: ExactScorer, rows: _RowBook) -> ShardCheck:
+        segment = Segment.of_encoder(encoder)
+        family = segment.capability.family
+        mask = None
+        if family != "ivf" and encoder.indexed_rows < encoder.physical_rows:
+            mask = Mask(rows.indexed)
+        # One more than is asked for: the query's own row may take a place.
+        count = RECALL_K * (MAX_K_FACTOR if segment.has_refine else 1) + 1
+        widths = check_widths(self.plan.spec, family)
+        stages = segment.candidates(self.trained.held_out.vectors, count, widths, mask)
+        own = scorer.own_positions[:, None]
+        return ShardCheck(
+            *scorer.result(),
+            np.stack([np.where(stage.positions == own, -1, stage.positions) for stage in stages]),
+            np.stack([stage.code_distances for stage in stages]),
+            np.stack([stage.final_distances for stage in stages]),
+        )
+
+    def _write(self, task: ShardTask, encoder: ShardEncoder, rows: _RowBook, check: ShardCheck) -> ShardRecord:
+        attempt = uuid.uuid4().hex[:12]
+        stem = f"{self.plan.generation}/shard-{task.ordinal:05d}-{attempt}"
+        index, refine = save_shard(
+            encoder, self.store, (f"{stem}.faiss", f"{stem}.refine.faiss" if encoder.refine is not None else None)
+        )
+        checked = save_arrays(self.store, f"{stem}.check.npz", **arrays_of(check))
+        record = ShardRecord(
+            generation=self.plan.generation,
+            ordinal=task.ordinal,
+            attempt=attempt,
+            fingerprint=self.trained.model.fingerprint.digest,
+            index=index,
+            refine=refine,
+            check=checked,
+            cover=rows.cover(),
+            indexed_rows=encoder.indexed_rows,
+            skipped=rows.skipped(),
+            training_error=encoder.training_error,
+            largest_list_rows=encoder.largest_list_rows,
+        )
+        self.store.write(f"{stem}.json", encode(record))
+        written: list[FileEntry] = [entry for entry in (index, refine, checked) if entry is not None]
+        self.meter.add(0, sum(entry.length_bytes for entry in written))
+        return record
+
+    def _refused(self, block: Block) -> InvalidVectors:
+        ids = tuple(int(row) for row in block.bad_row_ids[:_MAX_NAMED_ROWS])
+        reasons = [f"{n} {what}" for n, what in ((block.null, "null"), (block.non_finite, "not finite"), (block.zero, "zero")) if n]
+        return InvalidVectors(
+            f"column {self.column.name!r} holds vectors that cannot be indexed ({', '.join(reasons)}) in fragment"
+            f" {block.fragment_id}, row ids {', '.join(map(str, ids))}",
+            remedy="Mend or delete these rows, or pass on_invalid='skip' to leave them out",
+            column=self.column.name,
+            row_ids=ids,
+        )
+
+
+class _RowBook:
+    """Keeps account of a shard's positions while its rows stream by."""
+
+    def __init__(self, task: ShardTask, *, stable: bool) -> None:
+        self._task = task
+        self._firsts = {cover.fragment_id: (cover.first_position, cover.physical_rows) for cover in task.fragments}
+        self._stable = stable
+        self._runs: list[NDArray[np.uint64]] = []
+        self._live = 0
+        self._null = self._non_finite = self._zero = 0
+        self.indexed: NDArray[np.bool_] = np.zeros(task.physical_rows, dtype=bool)
+
+    def book(self, block: Block) -> Int64Array:
+        """Enter a block; return the positions of its usable rows."""
+        first, physical_rows = self._firsts[block.fragment_id]
+        if len(block.row_offsets) and int(block.row_offsets[-1]) >= physical_rows:
+            raise DatasetChanged(
+                f"fragment {block.fragment_id} has a row at offset {int(block.row_offsets[-1])},"
+                f" but {physical_rows} rows were planned",
+                remedy="Start the build again",
+                fragments=(block.fragment_id,),
+            )
+        self._live += len(block.row_offsets)
+        self._null += block.null
+        self._non_finite += block.non_finite
+        self._zero += block.zero
+        if self._stable:
+            self._runs.append(_runs(block.row_offsets + first, block.row_ids))
+        positions = block.offsets + first
+        self.indexed[positions] = True
+        return positions
+
+    def skipped(self) -> SkipCounts:
+        """Return rows without an entry, by reason."""
+        return SkipCounts(
+            deleted=self._task.physical_rows - self._live,
+            null=self._null,
+            non_finite=self._non_finite,
+            zero=self._zero,
+        )
+
+    def cover(self) -> Cover:
+        """Return what the shard covers."""
+        return Cover(
+            physical_rows=self._task.physical_rows,
+            fragments=self._task.fragments,
+            row_ids=RunTable.of(_joined_runs(self._runs)) if self._stable else None,
+            skipped=RunTable.of(_false_runs(self.indexed)),
+            remap=None,
+        )
+
+
+def _joined(held: Sequence[tuple[Int64Array, Float32Array]], metric: Metric) -> tuple[Int64Array, Float32Array]:
+    positions = np.concatenate([positions for positions, _ in held])
+    vectors = np.concatenate([vectors for _, vectors in held])
+    return positions, prepare(vectors, metric)
+
+
+def _prefetched(
+    blocks: Generator[tuple[Int64Array, Float32Array], None, None],
+) -> Iterator[tuple[Int64Array, Float32Array]]:
+    """Read ahead on a thread, so that reading and encoding overlap."""
+    ready: queue.Queue[tuple[Int64Array, Float32Array] | BaseException | None] = queue.Queue(_READ_AHEAD)
+    stopped = threading.Event()
+
+    def put(item: tuple[Int64Array, Float32Array] | BaseException | None) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def read() -> None:
+        try:
+            for block in blocks:
+                if not put(block):
+                    return
+            put(None)
+        except BaseException as exc:  # handed to the encoder, which raises it
+            put(exc)
+        finally:
+            blocks.close()
+
+    reader = threading.Thread(target=read, name="dfaiss-read", daemon=True)
+    reader.start()
+    try:
+        while True:
+            item = ready.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        reader.join()
+
+
+def _runs(positions: Int64Array, row_ids: UInt64Array) -> NDArray[np.uint64]:
+    """Return ``(first position, first row id, length)`` of runs where both count up by one."""
+    if not len(positions):
+        return np.empty((0, 3), dtype=np.uint64)
+    breaks = np.flatnonzero((np.diff(positions) != 1) | (np.diff(row_ids) != 1)) + 1
+    starts = np.concatenate(([0], breaks))
+    lengths = np.diff(np.concatenate((starts, [len(positions)])))
+    return np.stack((positions[starts].astype(np.uint64), row_ids[starts], lengths.astype(np.uint64)), axis=1)
+
+
+def _joined_runs(parts: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    """Join runs that go on over the border of two blocks."""
+    if not parts:
+        return np.empty((0, 3), dtype=np.uint64)
+    runs = np.concatenate(parts)
+    if len(runs) < 2:
+        return runs
+    ends = runs[:-1, :2] + runs[:-1, 2:]
+    goes_on = (ends == runs[1:, :2]).all(axis=1)
+    starts = np.flatnonzero(np.concatenate(([True], ~goes_on)))
+    joined: NDArray[np.uint64] = runs[starts].copy()
+    joined[:, 2] = np.add.reduceat(runs[:, 2], starts)
+    return joined
+
+
+def _false_runs(mask: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    """Return ``(first position, length)`` of the runs of False."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([True], mask, [True])).astype(np.int8)))
+    starts, ends = edges[::2], edges[1::2]
+    return np.stack((starts, ends - starts), axis=1).astype(np.uint64)

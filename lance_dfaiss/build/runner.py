@@ -1,0 +1,95 @@
+"""Who carries out a build's tasks: a protocol, and the runner that uses this process's own threads."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from typing import Protocol, TypeVar
+
+from ..engine import use_threads
+from ..errors import DfaissError, TaskFailed
+from ..manifest import ShardTask
+
+__all__ = ["LocalRunner", "Runner"]
+
+R = TypeVar("R")
+
+
+class Runner(Protocol):
+    """Runs independent tasks somewhere."""
+
+    def run(self, work: Callable[[ShardTask], R], tasks: Sequence[ShardTask]) -> Iterator[R]:
+        """Run every task, and yield results as they finish, in any order.
+
+        Parameters
+        ----------
+        work : callable
+            Takes one task; may run in another thread or process.
+        tasks : sequence of ShardTask
+            What to run it on.
+
+        Raises
+        ------
+        DfaissError
+            The first error of this package that a task raised; tasks not yet begun are dropped.
+        TaskFailed
+            If a task raised anything else: fragments, worker, cause and traceback.
+        """
+
+
+class LocalRunner:
+    """Runs tasks on threads of this process; FAISS and Lance release the interpreter lock.
+
+    Parameters
+    ----------
+    num_workers : int
+        Tasks at a time. The machine's cores are divided among them.
+    """
+
+    def __init__(self, num_workers: int = 1) -> None:
+        self._num_workers = num_workers
+
+    def run(self, work: Callable[[ShardTask], R], tasks: Sequence[ShardTask]) -> Iterator[R]:
+        """Run every task; see `Runner.run`."""
+        workers = min(self._num_workers, len(tasks))
+        if workers <= 1:
+            for task in tasks:
+                yield _attempt(work, task, worker="local")
+            return
+        yield from _run_threads(work, tasks, workers)
+
+
+def _run_threads(work: Callable[[ShardTask], R], tasks: Sequence[ShardTask], workers: int) -> Iterator[R]:
+    share = max((os.cpu_count() or 1) // workers, 1)
+    with ThreadPoolExecutor(workers, "dfaiss-build", initializer=use_threads, initargs=(share,)) as pool:
+        waiting = {pool.submit(_attempt, work, task, worker=f"local thread of {workers}") for task in tasks}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _attempt(work: Callable[[ShardTask], R], task: ShardTask, *, worker: str) -> R:
+    try:
+        return work(task)
+    except DfaissError:
+        raise
+    except Exception as exc:
+        raise TaskFailed(
+            f"shard {task.ordinal} (fragments {_span(task.fragment_ids)}) failed on {worker}: {type(exc).__name__}: {exc}",
+            remedy="Run the same create_index with resume=True once the cause is gone; finished shards are kept",
+            task=f"shard {task.ordinal}",
+            fragments=task.fragment_ids,
+            worker=worker,
+            worker_traceback=traceback.format_exc(),
+        ) from exc
+
+
+def _span(ids: tuple[int, ...]) -> str:
+    return str(ids[0]) if len(ids) == 1 else f"{ids[0]} to {ids[-1]}"
