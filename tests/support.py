@@ -62,9 +62,10 @@ def fixed_size(values: NDArray[Any], value_type: pa.DataType | None = None, *, n
 def _bfloat16(values: NDArray[np.float32]) -> pa.Array:
     from lance._arrow.bf16 import BFloat16Type
 
+    kind: Any = BFloat16Type()  # type: ignore[no-untyped-call]
     raw = (np.ascontiguousarray(values).view(np.uint32) >> 16).astype("<u2")
     storage = pa.FixedSizeBinaryArray.from_buffers(pa.binary(2), raw.size, [None, pa.py_buffer(raw.tobytes())])
-    return pa.FixedSizeListArray.from_arrays(pa.ExtensionArray.from_storage(BFloat16Type(), storage), values.shape[1])
+    return pa.FixedSizeListArray.from_arrays(pa.ExtensionArray.from_storage(kind, storage), values.shape[1])
 
 
 def _tensor(values: NDArray[np.float32]) -> pa.Array:
@@ -107,9 +108,9 @@ def stored_values(kind: str, values: NDArray[np.float32]) -> NDArray[np.float32]
         return values.astype(np.float16).astype(np.float32)
     if kind == "bfloat16":
         raw = np.ascontiguousarray(values).view(np.uint32) & np.uint32(0xFFFF0000)
-        return raw.view(np.float32)
+        return np.asarray(raw.view(np.float32))
     if kind in ("uint8", "int8"):
-        return KINDS[kind](values).values.to_numpy().reshape(values.shape).astype(np.float32)
+        return np.asarray(KINDS[kind](values).values.to_numpy().reshape(values.shape), dtype=np.float32)
     return values
 
 
@@ -166,11 +167,11 @@ class Exact:
         """Lance's distances from one query to every usable row."""
         q = np.asarray(query, dtype=np.float64)
         if self.metric == "l2":
-            return np.square(self.vectors - q).sum(axis=1)  # type: ignore[no-any-return]
+            return np.asarray(np.square(self.vectors - q).sum(axis=1))
         dots = self.vectors @ q
         if self.metric == "cosine":
             dots = dots / (np.linalg.norm(self.vectors, axis=1) * np.linalg.norm(q))
-        return 1 - dots  # type: ignore[no-any-return]
+        return np.asarray(1 - dots)
 
     def knn(self, query: Any, k: int) -> tuple[NDArray[np.float64], NDArray[np.uint64]]:
         """Nearest usable rows of one query: at most k, ties by row id."""
@@ -180,16 +181,16 @@ class Exact:
 
     def vector(self, row_id: int) -> NDArray[np.float64]:
         """Vector of a row."""
-        return self.vectors[self._place[int(row_id)]]  # type: ignore[no-any-return]
+        return np.asarray(self.vectors[self._place[int(row_id)]])
 
     def recall(self, queries: Any, row_ids: NDArray[np.uint64]) -> float:
         """Share of the true neighbours that an answer of the same width holds."""
         k = row_ids.shape[1]
-        hits = sum(
+        hits: int = sum(
             len(set(self.knn(query, k)[1].tolist()) & set(found.tolist()))
             for query, found in zip(queries, row_ids, strict=True)
         )
-        return hits / (len(queries) * min(k, len(self)))
+        return float(hits / (len(queries) * min(k, len(self))))
 
 
 def assert_exact(

@@ -282,6 +282,7 @@ def merge_shards(model: Model, shards: Sequence[tuple[Any, Any | None, int]]) ->
     _reserve(base, total)
     _reserve(refine, total)
     for first, (other, other_refine, _) in zip(firsts[1:], shards[1:], strict=True):
+        _move_whole_blocks(base, other, first)
         base.merge_from(other, first if ivf_of(base) is not None else 0)
         if refine is not None:
             refine.merge_from(other_refine, 0)
@@ -289,6 +290,34 @@ def merge_shards(model: Model, shards: Sequence[tuple[Any, Any | None, int]]) ->
     if isinstance(ivf, faiss.IndexIVFPQ):
         ivf.precompute_table()
     return [(0, Segment(model, base, refine, total))]
+
+
+def _move_whole_blocks(base: Any, other: Any, first: int) -> None:
+    """Move those fast-scan lists that `merge_from` would write past the end of.
+
+    Where a list's rows are a multiple of ``block_size`` (a number of bytes, but compared with rows), FAISS
+    1.15.1 copies as many bytes as the merged list has, to the end of it: the heap behind is overwritten.
+    The rest of the merge finds these lists empty in ``other``.
+    """
+    ivf = ivf_of(base)
+    if ivf is None or not isinstance(faiss.downcast_InvertedLists(ivf.invlists), faiss.BlockInvertedLists):
+        return
+    lists = faiss.downcast_InvertedLists(ivf.invlists)
+    others = faiss.downcast_InvertedLists(ivf_of(other).invlists)  # type: ignore[union-attr]
+    block, per_block = int(lists.block_size), int(lists.n_per_block)
+    for number in range(int(lists.nlist)):
+        held, more = int(lists.list_size(number)), int(others.list_size(number))
+        if not held or not more or held % block:
+            continue
+        lists.resize(number, held + more)
+        ids = faiss.rev_swig_ptr(lists.get_ids(number), held + more)
+        ids[held:] = faiss.rev_swig_ptr(others.get_ids(number), more) + first
+        # A multiple of block_size is one of per_block too, so the other list's blocks fit as they are.
+        start, length = held // per_block * block, -(-more // per_block) * block
+        faiss.rev_swig_ptr(lists.get_codes(number), start + length)[start:] = faiss.rev_swig_ptr(
+            others.get_codes(number), length
+        )
+        others.resize(number, 0)
 
 
 def _reserve(store: Any | None, rows: int) -> None:

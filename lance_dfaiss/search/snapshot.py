@@ -47,9 +47,7 @@ class RowIdMap:
         positions : numpy.ndarray
             int64, any shape; every one -1 or covered by a run.
         """
-        if len(self._positions) == 1:
-            return (positions + self._shift[0]).view(np.uint64)
-        run = self._positions.searchsorted(positions, side="right")
+        run = 1 if len(self._positions) == 1 else self._positions.searchsorted(positions, side="right")
         row_ids: UInt64Array = (positions + self._shift[run - 1]).view(np.uint64)
         return row_ids
 

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from hypothesis import strategies as st
@@ -57,7 +57,8 @@ def fragment_states(
 @st.composite
 def row_costs(draw: st.DrawFn) -> RowCost:
     """Draw the cost of an index of any family, with a refine store or without."""
-    family = draw(st.sampled_from(("flat", "ivf", "hnsw")))
+    families: tuple[Literal["flat", "ivf", "hnsw"], ...] = ("flat", "ivf", "hnsw")
+    family = draw(st.sampled_from(families))
     return RowCost(
         family=family,
         code_bytes=draw(st.integers(1, 8192)),

@@ -50,7 +50,7 @@ _CASES = [(kind, factory) for kind, factory in FACTORIES.items()] + [
     ("IndexIVFScalarQuantizer", _TRANSFORMED["PCA8"]),
     ("IndexIVFPQFastScan", _TRANSFORMED["OPQ"]),
 ]
-_WIDE: dict[str, int] = {"nprobe": LISTS, "ef": ROWS, "k_factor": 8}
+_WIDE: dict[str, Any] = {"nprobe": LISTS, "ef": ROWS, "k_factor": 8}
 
 # Rows of the third shard that have no entry.
 _SKIPPED = np.array([7, 8, 9, 300])

@@ -10,8 +10,17 @@ import faiss
 import numpy as np
 import pytest
 
-from lance_dfaiss.engine import Segment, ShardEncoder, load_model, load_shard, merge_shards, prepare, save_model
-from lance_dfaiss.engine import save_shard, train_model
+from lance_dfaiss.engine import (
+    Segment,
+    ShardEncoder,
+    load_model,
+    load_shard,
+    merge_shards,
+    prepare,
+    save_model,
+    save_shard,
+    train_model,
+)
 from lance_dfaiss.engine.factory import inner_index, ivf_of
 from lance_dfaiss.errors import CorruptIndex, InsufficientData, InvalidArgument, ModelMismatch
 from lance_dfaiss.manifest import Fingerprint
@@ -170,9 +179,11 @@ def _encoded(model: Any, vectors: Any) -> ShardEncoder:
 
 
 # Every type with every metric, every refine store with one that merges and one that does not.
-_STORED = [(factory, None, metric) for factory in FACTORIES for metric in METRICS if "OPQ" not in factory]
+_STORED: list[tuple[str, str | None, Metric]] = [
+    (factory, None, metric) for factory in FACTORIES for metric in METRICS if "OPQ" not in factory
+]
 _STORED += [
-    (factory, refine, "l2")
+    (factory, refine, METRICS[0])
     for factory in ("IVF8,PQ8x4fs", "HNSW8,SQ8", "PCA8,IVF8,SQ8")
     for refine in ("sq8", "fp16", "flat")
 ]

@@ -22,7 +22,9 @@ def _streamed(
 ) -> tuple[dict[tuple[int, int], tuple[float, ...]], dict[str, int], list[int], dict[tuple[int, int], int]]:
     """Vectors by (fragment, offset), counts of bad rows, their row ids, and row ids by (fragment, offset)."""
     pinned = PinnedDataset(dataset)
-    found, counts, bad, ids = {}, {"null": 0, "non_finite": 0, "zero": 0}, [], {}
+    found: dict[tuple[int, int], tuple[float, ...]] = {}
+    ids: dict[tuple[int, int], int] = {}
+    counts, bad = {"null": 0, "non_finite": 0, "zero": 0}, []
     fragments = [f.fragment_id for f in pinned.fragments(pinned.vector_column(column))]
     last = (-1, -1)
     for block in pinned.blocks(pinned.vector_column(column), fragments, metric):
@@ -168,7 +170,7 @@ def test_a_fragment_of_more_than_one_block(tmp_path: Path) -> None:
     assert found == _by_place(values, 10**6)
 
 
-def test_slices_of_arrow_arrays_are_written_and_read_alike(tmp_path: Path) -> None:
+def test_slices_of_arrow_arrays_decode_alike() -> None:
     from lance_dfaiss.vectors import decode_vectors
 
     values = gaussian(50, _DIM, 10)

@@ -32,7 +32,8 @@ def test_merge_is_the_sort_of_the_concatenation(parts: list[tuple[Float32Array, 
     distances, row_ids = merge_topk(parts, k)
     queries = len(parts[0][0])
     assert distances.shape == row_ids.shape == (queries, k)
-    assert (distances.dtype, row_ids.dtype) == (np.float32, np.uint64)
+    assert distances.dtype == np.float32
+    assert row_ids.dtype == np.uint64
     for query in range(queries):
         found = [
             (float(distance), int(row))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lance
 import numpy as np
@@ -48,7 +49,8 @@ def test_flat_equals_lance_without_an_index(tmp_path: Path, kind: str, metric: M
     for count in (1, 3, 25, 300):
         distances, row_ids = index.knn(queries[:count], 7)
         assert distances.shape == row_ids.shape == (count, 7)
-        assert (distances.dtype, row_ids.dtype) == (np.float32, np.uint64)
+        assert distances.dtype == np.float32
+        assert row_ids.dtype == np.uint64
         assert_exact(truth, queries[:count], distances, row_ids, scale=scale)
         table = index.search(queries[:count], 7)
         np.testing.assert_array_equal(table["query_index"].to_numpy(), np.repeat(np.arange(count), 7))
@@ -87,7 +89,7 @@ def test_ivf_flat_is_exact_when_all_lists_are_searched(tmp_path: Path, metric: M
         assert_exact(truth, queries[:count], *index.knn(queries[:count], 10, nprobe=12), scale=500)
 
 
-_INDEXES = {
+_INDEXES: dict[str, dict[str, Any]] = {
     "FLAT": {"index_type": "FLAT"},
     "IVF_FLAT": {"index_type": "IVF_FLAT", "num_partitions": 8},
     "IVF_SQ": {"index_type": "IVF_SQ", "num_partitions": 8},
@@ -98,7 +100,7 @@ _INDEXES = {
     "PCA": {"factory": "PCA8,IVF8,SQ8"},
     "IVF_HNSW": {"index_type": "IVF_SQ", "num_partitions": 8, "coarse": "hnsw"},
 }
-_APPROXIMATE = {
+_APPROXIMATE: dict[str, dict[str, Any]] = {
     "IVF_PQ4 refined": {"index_type": "IVF_PQ", "num_partitions": 8, "num_bits": 4},
     "IVF_RQ refined": {"index_type": "IVF_RQ", "num_partitions": 8},
     "HNSW_FLAT": {"index_type": "HNSW_FLAT"},
@@ -108,7 +110,7 @@ _APPROXIMATE = {
 EVERY_INDEX = {**_INDEXES, **_APPROXIMATE}
 
 
-def _opened(plain: lance.LanceDataset, num_shards: int, metric: Metric, asked: dict[str, object]) -> lance_dfaiss.Index:
+def _opened(plain: lance.LanceDataset, num_shards: int, metric: Metric, asked: dict[str, Any]) -> lance_dfaiss.Index:
     built = lance_dfaiss.create_index(
         plain,
         "vec",
@@ -116,7 +118,7 @@ def _opened(plain: lance.LanceDataset, num_shards: int, metric: Metric, asked: d
         metric=metric,
         num_shards=num_shards,
         replace=True,
-        **asked,  # type: ignore[arg-type]
+        **asked,
     )
     return lance_dfaiss.open_index(built, "i")
 
@@ -161,7 +163,7 @@ def test_the_number_of_shards_hardly_changes_recall(tmp_path: Path, name: str, m
 def test_ties_come_in_order_of_row_id(tmp_path: Path) -> None:
     values = np.repeat(clustered(20, DIM, 10), 6, axis=0)[np.random.default_rng(1).permutation(120)]
     plain = make_dataset(tmp_path / "d", values, rows_per_fragment=35)
-    for asked in ({"index_type": "FLAT"}, {"index_type": "IVF_FLAT", "num_partitions": 2}, {"index_type": "HNSW_FLAT"}):
+    for asked in (_INDEXES["FLAT"], {**_INDEXES["IVF_FLAT"], "num_partitions": 2}, _APPROXIMATE["HNSW_FLAT"]):
         for metric in METRICS:
             index = _opened(plain, 3, metric, asked)
             truth = Exact(plain, metric)
@@ -229,7 +231,7 @@ def test_row_ids_after_updates_before_the_build(tmp_path: Path, stable: bool) ->
     plain = lance.write_dataset(more, plain.uri, mode="append")
     plain.optimize.compact_files(target_rows_per_fragment=100)
     plain.update({"id": "id + 5000"}, where="id IN (3, 507)")
-    for asked in ({"index_type": "FLAT"}, {"index_type": "IVF_FLAT", "num_partitions": 4}):
+    for asked in (_INDEXES["FLAT"], {**_INDEXES["IVF_FLAT"], "num_partitions": 4}):
         index = _opened(plain, 2, "l2", asked)
         truth, queries = Exact(plain, "l2"), clustered(10, DIM, 18)
         widths = {"nprobe": 4} if "num_partitions" in asked else {}

@@ -29,6 +29,10 @@ INDEXES: dict[str, dict[str, Any]] = {
 }
 
 
+def _alter(dataset: lance.LanceDataset, change: Any) -> None:
+    dataset.alter_columns(change)  # the stubs take the dictionary for its keys
+
+
 def _widths(name: str) -> dict[str, int]:
     return {"nprobe": 8} if "IVF" in name else {"ef": ROWS} if "HNSW" in name else {}
 
@@ -96,7 +100,7 @@ def test_rows_that_the_index_does_not_cover_are_refused_by_fragment(tmp_path: Pa
     elif change == "compact":
         dataset.optimize.compact_files(target_rows_per_fragment=400)
     elif change == "cast":
-        dataset.alter_columns({"path": "vec", "data_type": pa.list_(pa.float16(), DIM)})
+        _alter(dataset, {"path": "vec", "data_type": pa.list_(pa.float16(), DIM)})
     elif change == "anew":
         dataset.drop_columns(["vec"])
         dataset.add_columns(pa.table({"vec": fixed_size(clustered(ROWS, DIM, 1))}).to_reader())
@@ -126,7 +130,7 @@ def test_changes_that_leave_the_vectors_alone_leave_the_index_open(tmp_path: Pat
     queries = clustered(5, DIM, 2)
     expected = lance_dfaiss.open_index(dataset).knn(queries, 10, nprobe=8)
     dataset.add_columns({"double": "id * 2"})
-    dataset.alter_columns({"path": "word", "name": "term"})
+    _alter(dataset, {"path": "word", "name": "term"})
     dataset.update_metadata({"key": "value"})
     words = pa.table({"id": pa.array([13], pa.int64()), "term": ["changed"]})
     dataset.merge_insert("id").when_matched_update_all().write_mode("rewrite_columns").execute(words)
@@ -267,7 +271,8 @@ def test_reconstruct(opened: dict[str, lance_dfaiss.Index], name: str) -> None:
     wanted = [599, 0, 151, 151]
     row_ids = [((i // 150) << 32) + i % 150 for i in wanted]
     found = index.reconstruct(row_ids)
-    assert (found.shape, found.dtype) == ((4, DIM), np.float32)
+    assert found.shape == (4, DIM)
+    assert found.dtype == np.float32
     np.testing.assert_allclose(found, values[wanted], atol=0.02)
     if "FLAT" in name:
         np.testing.assert_allclose(found, values[wanted], rtol=1e-5, atol=1e-6)
@@ -294,7 +299,7 @@ def test_columns(opened: dict[str, lance_dfaiss.Index]) -> None:
     def names(columns: Any) -> list[str]:
         table = index.search(query, 6, columns=columns)
         assert table["_rowid"].to_pylist() == row_ids.tolist()
-        return table.column_names
+        return list(table.column_names)
 
     assert names(None) == ["id", "vec", "word", "_distance", "_rowid"]
     assert names([]) == ["_distance", "_rowid"]
