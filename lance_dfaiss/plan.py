@@ -50,7 +50,7 @@ _LIST_SLACK = 2.0
 _GRAPH_SLACK = 2.0
 
 # Blocks in flight, scores of the held-out queries, and what the allocator does not give back.
-_WORKING_BYTES = 96 * 1024 * 1024
+_WORKING_BYTES = 128 * 1024 * 1024
 
 # The sample may take half of the budget: residuals of it are the other half.
 _SAMPLE_SHARE = 0.5

@@ -18,19 +18,32 @@ from ..plan import RowCost
 from ..spec import ResolvedSpec, SearchOptions
 from ..types import AUTO_RECALL_TARGET, Float32Array, Int64Array
 
-__all__ = ["EXACT_NEIGHBORS", "MAX_K_FACTOR", "ExactScorer", "RecallMeter", "ShardCheck", "arrays_of", "check_widths", "choose_defaults"]
+__all__ = [
+    "EXACT_NEIGHBORS",
+    "ExactScorer",
+    "RecallMeter",
+    "ShardCheck",
+    "arrays_of",
+    "check_widths",
+    "choose_defaults",
+    "k_factors",
+]
 
 EXACT_NEIGHBORS = 100
 """Exact neighbours kept per query and shard."""
 
-MAX_K_FACTOR = 16
-"""Largest k_factor that is measured."""
-
 RECALL_K = 10
 """Recall is measured at this k."""
 
+# Rows scored at a time: the table of scores is 200 times as many floats.
+_SCORED_ROWS = 16_384
+
 _K_FACTORS = (2, 4, 8, 16)
 _EF_WIDTHS = (16, 32, 64, 128, 256)
+
+# FAISS widens ef to the number of candidates, so with a refine store no more are asked for than ef.
+_REFINED_EF_WIDTHS = (64, 128, 256)
+_HNSW_K_FACTORS = (2, 4)
 _NPROBE_STEPS = 5
 _MIN_NPROBE = 8
 
@@ -94,8 +107,12 @@ class ExactScorer:
         vectors : numpy.ndarray
             float32 ``(n, dim)``, prepared.
         """
-        if not len(positions) or not len(self._weights):
-            return
+        if len(self._weights):
+            for start in range(0, len(positions), _SCORED_ROWS):
+                part = slice(start, start + _SCORED_ROWS)
+                self._score(positions[part], vectors[part])
+
+    def _score(self, positions: Int64Array, vectors: Float32Array) -> None:
         scores = self._weights @ vectors.T
         if not self._similarity:
             scores += np.einsum("ij,ij->i", vectors, vectors)
@@ -108,7 +125,7 @@ class ExactScorer:
             self._hold(queries, scores[queries, columns.ravel()], positions[columns.ravel()])
             self._settle()
             return
-        queries, found = np.nonzero(scores < self._best[:, -1:])
+        queries, found = np.divmod(np.flatnonzero(scores < self._best[:, -1:]), scores.shape[1])
         self._hold(queries, scores[queries, found], positions[found])
         # Sorting is put off until as many are waiting as are kept: the bound is a little old, never wrong.
         if self._num_waiting >= self._best.size:
@@ -141,7 +158,7 @@ class ExactScorer:
 def check_widths(spec: ResolvedSpec, family: str) -> tuple[int, ...]:
     """Return the widths (nprobe, or ef of HNSW) at which recall is measured."""
     if family == "hnsw":
-        return _EF_WIDTHS
+        return _EF_WIDTHS if spec.refine is None else _REFINED_EF_WIDTHS
     if family == "flat":
         return (1,)
     first = max(_MIN_NPROBE, spec.num_partitions // 128)
@@ -164,7 +181,7 @@ class RecallMeter:
         self._spec = spec
         self._cost = cost
         self._widths = check_widths(spec, cost.family)
-        self._factors = _K_FACTORS if spec.refine is not None else (1,)
+        self._factors = k_factors(spec, cost.family)
         self._exact: _Ranked | None = None
         self._answers: dict[tuple[int, int], _Ranked] = {}
 
@@ -221,9 +238,14 @@ class RecallMeter:
         return np.take_along_axis(positions, order, axis=1)
 
 
-def choose_defaults(
-    points: Sequence[RecallPoint], *, spec: ResolvedSpec, cost: RowCost, rows: int
-) -> SearchOptions:
+def k_factors(spec: ResolvedSpec, family: str) -> tuple[int, ...]:
+    """Return the k_factors at which recall is measured; 1 alone without a refine store."""
+    if spec.refine is None:
+        return (1,)
+    return _HNSW_K_FACTORS if family == "hnsw" else _K_FACTORS
+
+
+def choose_defaults(points: Sequence[RecallPoint], *, spec: ResolvedSpec, cost: RowCost, rows: int) -> SearchOptions:
     """Return the cheapest measured widths that reach the recall target, or the best there are."""
     good = [point for point in points if point.recall >= AUTO_RECALL_TARGET]
     if good:

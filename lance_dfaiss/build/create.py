@@ -23,7 +23,16 @@ from ..errors import (
     RecallTooLow,
 )
 from ..lance_io import LanceDataset, PinnedDataset, VectorColumn, move_to_latest, open_dataset
-from ..manifest import BuildPlan, DatasetEntry, Manifest, RecallReport, ShardRecord, decode_plan, decode_shard_record, encode
+from ..manifest import (
+    BuildPlan,
+    DatasetEntry,
+    Manifest,
+    RecallReport,
+    ShardRecord,
+    decode_plan,
+    decode_shard_record,
+    encode,
+)
 from ..plan import Estimate, RowCost, estimate, plan_tasks, resolve_spec, sample_rows
 from ..pointers import FoundPointer, find_pointer, pointer_texts
 from ..progress import PhaseMeter, Progress, SilentProgress
@@ -440,7 +449,9 @@ def _finished_records(plan: BuildPlan, trained: TrainedModel, store: Store) -> d
 
 
 def _signatures(plan: BuildPlan) -> dict[int, object]:
-    return {cover.fragment_id: (cover.physical_rows, cover.signature) for task in plan.tasks for cover in task.fragments}
+    return {
+        cover.fragment_id: (cover.physical_rows, cover.signature) for task in plan.tasks for cover in task.fragments
+    }
 
 
 def _previous(pinned: PinnedDataset, spec: IndexSpec, options: BuildOptions) -> FoundPointer | None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import uuid
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -18,17 +16,12 @@ from ..lance_io import Block, PinnedDataset, VectorColumn
 from ..manifest import BuildPlan, Cover, FileEntry, RunTable, ShardRecord, ShardTask, SkipCounts, encode
 from ..progress import PhaseMeter
 from ..storage import Store
-from ..types import Float32Array, Int64Array, Metric, OnInvalid, UInt64Array
-from .check import MAX_K_FACTOR, RECALL_K, ExactScorer, ShardCheck, arrays_of, check_widths
+from ..types import Float32Array, Int64Array, OnInvalid, UInt64Array
+from .ahead import read_ahead
+from .check import RECALL_K, ExactScorer, ShardCheck, arrays_of, check_widths, k_factors
 from .train import TrainedModel, save_arrays
 
 __all__ = ["EncodeJob"]
-
-# Rows are encoded in blocks of about this size: FAISS's adds and BLAS pay per call, memory per block.
-_BLOCK_BYTES = 16 * 1024 * 1024
-
-# Blocks read ahead of the encoder, beside the one that is being filled.
-_READ_AHEAD = 1
 
 _MAX_NAMED_ROWS = 10
 
@@ -77,7 +70,8 @@ class EncodeJob:
         rows = _RowBook(task, stable=self.pinned.stable_row_ids)
         scorer = self._scorer(task)
         blocks = self.pinned.blocks(self.column, task.fragment_ids, self.plan.spec.metric)
-        for positions, vectors in _prefetched(self._vectors(blocks, rows)):
+        for positions, vectors in read_ahead(self._usable(blocks, rows), self.column.dim):
+            prepare(vectors, self.plan.spec.metric)
             encoder.add(positions, vectors)
             scorer.add(positions, vectors)
             self.meter.add(len(positions), len(positions) * self.column.stored_row_bytes)
@@ -85,28 +79,16 @@ class EncodeJob:
         self.meter.add(task.physical_rows - encoder.indexed_rows)
         return self._write(task, encoder, rows, self._check(encoder, scorer, rows))
 
-    def _vectors(
+    def _usable(
         self, blocks: Generator[Block, None, None], rows: _RowBook
     ) -> Generator[tuple[Int64Array, Float32Array], None, None]:
-        """Book every block's rows and join small blocks into larger ones."""
+        """Book every block's rows, and pass on the usable ones."""
         with closing(blocks):
-            yield from self._larger(blocks, rows)
-
-    def _larger(self, blocks: Iterator[Block], rows: _RowBook) -> Iterator[tuple[Int64Array, Float32Array]]:
-        limit = max(_BLOCK_BYTES // (4 * self.column.dim), 1)
-        held: list[tuple[Int64Array, Float32Array]] = []
-        count = 0
-        for block in blocks:
-            positions = rows.book(block)
-            if self.on_invalid == "error" and len(block.bad_row_ids):
-                raise self._refused(block)
-            held.append((positions, block.vectors))
-            count += len(positions)
-            if count >= limit:
-                yield _joined(held, self.plan.spec.metric)
-                held, count = [], 0
-        if held:
-            yield _joined(held, self.plan.spec.metric)
+            for block in blocks:
+                positions = rows.book(block)
+                if self.on_invalid == "error" and len(block.bad_row_ids):
+                    raise self._refused(block)
+                yield positions, block.vectors
 
     def _scorer(self, task: ShardTask) -> ExactScorer:
         held_out = self.trained.held_out
@@ -128,7 +110,7 @@ class EncodeJob:
         if family != "ivf" and encoder.indexed_rows < encoder.physical_rows:
             mask = Mask(rows.indexed)
         # One more than is asked for: the query's own row may take a place.
-        count = RECALL_K * (MAX_K_FACTOR if segment.has_refine else 1) + 1
+        count = RECALL_K * max(k_factors(self.plan.spec, family)) + 1
         widths = check_widths(self.plan.spec, family)
         stages = segment.candidates(self.trained.held_out.vectors, count, widths, mask)
         own = scorer.own_positions[:, None]
@@ -167,7 +149,8 @@ class EncodeJob:
 
     def _refused(self, block: Block) -> InvalidVectors:
         ids = tuple(int(row) for row in block.bad_row_ids[:_MAX_NAMED_ROWS])
-        reasons = [f"{n} {what}" for n, what in ((block.null, "null"), (block.non_finite, "not finite"), (block.zero, "zero")) if n]
+        counts = {"null": block.null, "not finite": block.non_finite, "zero": block.zero}
+        reasons = [f"{count} {what}" for what, count in counts.items() if count]
         return InvalidVectors(
             f"column {self.column.name!r} holds vectors that cannot be indexed ({', '.join(reasons)}) in fragment"
             f" {block.fragment_id}, row ids {', '.join(map(str, ids))}",
@@ -227,54 +210,6 @@ class _RowBook:
             skipped=RunTable.of(_false_runs(self.indexed)),
             remap=None,
         )
-
-
-def _joined(held: Sequence[tuple[Int64Array, Float32Array]], metric: Metric) -> tuple[Int64Array, Float32Array]:
-    positions = np.concatenate([positions for positions, _ in held])
-    vectors = np.concatenate([vectors for _, vectors in held])
-    return positions, prepare(vectors, metric)
-
-
-def _prefetched(
-    blocks: Generator[tuple[Int64Array, Float32Array], None, None],
-) -> Iterator[tuple[Int64Array, Float32Array]]:
-    """Read ahead on a thread, so that reading and encoding overlap."""
-    ready: queue.Queue[tuple[Int64Array, Float32Array] | BaseException | None] = queue.Queue(_READ_AHEAD)
-    stopped = threading.Event()
-
-    def put(item: tuple[Int64Array, Float32Array] | BaseException | None) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def read() -> None:
-        try:
-            for block in blocks:
-                if not put(block):
-                    return
-            put(None)
-        except BaseException as exc:  # handed to the encoder, which raises it
-            put(exc)
-        finally:
-            blocks.close()
-
-    reader = threading.Thread(target=read, name="dfaiss-read", daemon=True)
-    reader.start()
-    try:
-        while True:
-            item = ready.get()
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        reader.join()
 
 
 def _runs(positions: Int64Array, row_ids: UInt64Array) -> NDArray[np.uint64]:

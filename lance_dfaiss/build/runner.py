@@ -82,7 +82,8 @@ def _attempt(work: Callable[[ShardTask], R], task: ShardTask, *, worker: str) ->
         raise
     except Exception as exc:
         raise TaskFailed(
-            f"shard {task.ordinal} (fragments {_span(task.fragment_ids)}) failed on {worker}: {type(exc).__name__}: {exc}",
+            f"shard {task.ordinal} (fragments {_span(task.fragment_ids)}) failed on {worker}:"
+            f" {type(exc).__name__}: {exc}",
             remedy="Run the same create_index with resume=True once the cause is gone; finished shards are kept",
             task=f"shard {task.ordinal}",
             fragments=task.fragment_ids,

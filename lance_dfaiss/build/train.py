@@ -102,9 +102,7 @@ def train(
     prepare(sample.vectors, resolved.metric)
     meter.add(len(sample.vectors), sample.vectors.nbytes)
     held_out = _held_out(sample.vectors, sample.fragment_ids, sample.offsets, resolved)
-    model = train_model(
-        resolved, sample.vectors, ivf_centroids=spec.ivf_centroids, pq_codebook=spec.pq_codebook
-    )
+    model = train_model(resolved, sample.vectors, ivf_centroids=spec.ivf_centroids, pq_codebook=spec.pq_codebook)
     attempt = uuid.uuid4().hex[:12]
     file = save_model(model, store, f"{plan.generation}/model-{attempt}.faiss")
     meter.add(0, file.length_bytes)
@@ -166,9 +164,7 @@ def load_arrays(store: Store, entry: FileEntry) -> dict[str, Any]:
         return dict(stored)
 
 
-def _held_out(
-    vectors: Float32Array, fragment_ids: Int64Array, offsets: Int64Array, spec: ResolvedSpec
-) -> HeldOut:
+def _held_out(vectors: Float32Array, fragment_ids: Int64Array, offsets: Int64Array, spec: ResolvedSpec) -> HeldOut:
     count = min(_HELD_OUT_QUERIES, len(vectors))
     chosen = np.sort(np.random.default_rng(spec.seed).choice(len(vectors), size=count, replace=False))
     return HeldOut(vectors[chosen].copy(), fragment_ids[chosen], offsets[chosen])

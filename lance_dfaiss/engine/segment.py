@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,7 @@ class Segment:
         self._rescored = isinstance(base, faiss.IndexFlat) and not self._larger_is_closer
         self._parameters: dict[tuple[int, int, int, int], tuple[Any, Mask | None]] = {}
         self._direct_map = False
+        self._direct_map_lock = threading.Lock()
 
     @classmethod
     def of_encoder(cls, encoder: ShardEncoder) -> Segment:
@@ -207,9 +209,10 @@ class Segment:
                 value=None,
             )
         ivf = ivf_of(self._base)
-        if ivf is not None and not self._direct_map:
-            ivf.set_direct_map_type(faiss.DirectMap.Hashtable)
-            self._direct_map = True
+        with self._direct_map_lock:
+            if ivf is not None and not self._direct_map:
+                ivf.set_direct_map_type(faiss.DirectMap.Hashtable)
+                self._direct_map = True
         return self._base.reconstruct_batch(positions)  # type: ignore[no-any-return]
 
     def list_sizes(self) -> Int64Array | None:

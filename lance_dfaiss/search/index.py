@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +42,15 @@ _log = logging.getLogger(__name__)
 _FALLBACK_NPROBE = 32
 _FALLBACK_EF = 64
 _FALLBACK_K_FACTOR = 8
+
+
+class _Widths(NamedTuple):
+    """Search widths with nothing left open; ``fixed`` when the caller named how far to look."""
+
+    nprobe: int
+    ef: int
+    k_factor: int
+    fixed: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +178,9 @@ class Index:
         self._family = segments[0][1].capability.family
         self._refined = segments[0][1].has_refine
         self._defaults = _defaults(generation.manifest)
+        self._default_widths = _Widths(
+            self._defaults.nprobe or 1, self._defaults.ef or 1, self._defaults.k_factor or 1, fixed=False
+        )
 
     def __repr__(self) -> str:
         return (
@@ -213,7 +225,8 @@ class Index:
         k : int
             Results per query.
         nprobe : int, optional
-            IVF lists to search; more is slower and finds more. Default: measured when the index was built.
+            IVF lists to search; more is slower and finds more. Default: measured when the index was built,
+            and all of them for a query that would get fewer than ``min(k, live rows)`` results.
         ef : int, optional
             HNSW search width.
         k_factor : int, optional
@@ -342,15 +355,26 @@ class Index:
             defaults=self._defaults,
         )
 
-    def _knn(
-        self, queries: Float32Array, k: int, widths: tuple[int, int, int]
-    ) -> tuple[Float32Array, UInt64Array]:
-        nprobe, ef, k_factor = widths
+    def _knn(self, queries: Float32Array, k: int, widths: _Widths) -> tuple[Float32Array, UInt64Array]:
         if self._metric == "cosine":
             queries = prepare(queries.copy(), "cosine")  # they may lie in the caller's memory
+        distances, row_ids = self._scan(queries, k, widths)
+        if widths.fixed or not (row_ids[:, -1] == MISSING_ROW_ID).any():
+            return distances, row_ids
+        # So many rows are deleted that the default widths met too few live ones: look everywhere.
+        short = np.count_nonzero(row_ids != MISSING_ROW_ID, axis=1) < min(k, self._snapshot.live_rows)
+        if short.any():
+            lists, positions = self._generation.manifest.spec.num_partitions, len(self._snapshot.live)
+            everywhere = _Widths(max(lists, 1), positions, widths.k_factor, fixed=True)
+            distances[short], row_ids[short] = self._scan(np.ascontiguousarray(queries[short]), k, everywhere)
+        return distances, row_ids
+
+    def _scan(self, queries: Float32Array, k: int, widths: _Widths) -> tuple[Float32Array, UInt64Array]:
         parts = []
         for first, segment, mask in self._segments:
-            raw, positions = segment.search(queries, k, nprobe=nprobe, ef=ef, k_factor=k_factor, mask=mask)
+            raw, positions = segment.search(
+                queries, k, nprobe=widths.nprobe, ef=widths.ef, k_factor=widths.k_factor, mask=mask
+            )
             # FAISS fills up with -1, always at the end of a query's results.
             missing = positions < 0 if (positions[:, -1] < 0).any() else None
             if first:
@@ -365,16 +389,17 @@ class Index:
             return order_ties(*parts[0])
         return merge_topk(parts, k)
 
-    def _widths(self, nprobe: int | None, ef: int | None, k_factor: int | None) -> tuple[int, int, int]:
+    def _widths(self, nprobe: int | None, ef: int | None, k_factor: int | None) -> _Widths:
         if nprobe is None and ef is None and k_factor is None:
-            defaults = self._defaults
-            return defaults.nprobe or 1, defaults.ef or 1, defaults.k_factor or 1
+            return self._default_widths
         asked = SearchOptions(nprobe=nprobe, ef=ef, k_factor=k_factor)
         self._refuse_meaningless(asked)
-        return (
-            asked.nprobe or self._defaults.nprobe or 1,
-            asked.ef or self._defaults.ef or 1,
-            asked.k_factor or self._defaults.k_factor or 1,
+        default = self._default_widths
+        return _Widths(
+            asked.nprobe or default.nprobe,
+            asked.ef or default.ef,
+            asked.k_factor or default.k_factor,
+            fixed=asked.nprobe is not None or asked.ef is not None,
         )
 
     def _refuse_meaningless(self, asked: SearchOptions) -> None:
@@ -412,6 +437,8 @@ class Index:
         flat_ids, flat_distances = row_ids[found], distances[found]
         arrays: list[Any] = [pa.array(flat_distances, pa.float32()), pa.array(flat_ids, pa.uint64())]
         fields = [pa.field(DISTANCE_COLUMN, pa.float32()), pa.field(ROW_ID_COLUMN, pa.uint64())]
+        if not isinstance(columns, Mapping) and columns is not None:
+            columns = [name for name in columns if name not in (ROW_ID_COLUMN, DISTANCE_COLUMN)]
         if columns is None or len(columns):
             fetched = self._pinned.fetch(flat_ids, columns)
             kept = [name for name in fetched.schema.names if name not in (ROW_ID_COLUMN, DISTANCE_COLUMN)]

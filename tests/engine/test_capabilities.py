@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def _segments(factory: str, metric: Metric, refine: str | None = None) -> tuple[
     model = train_model(spec_of(factory, metric, refine), vectors)
     one = Segment.of_encoder(_encode(model, vectors, usable))
     shards = []
-    for start, stop in zip(_CUTS[:-1], _CUTS[1:], strict=True):
+    for start, stop in itertools.pairwise(_CUTS):
         encoder = _encode(model, vectors[start:stop], usable[start:stop])
         shards.append((encoder.base, encoder.refine, stop - start))
     return one, merge_shards(model, shards)

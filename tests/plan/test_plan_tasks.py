@@ -27,12 +27,11 @@ def _fragments(*rows: int) -> list[FragmentState]:
 def test_every_fragment_is_in_exactly_one_task(
     fragments: list[FragmentState], cost: RowCost, budget: int, num_shards: int | None
 ) -> None:
+    refused: BudgetExceeded | None = None
     try:
         tasks = plan_tasks(fragments, cost, num_shards=num_shards, budget_bytes=budget)
     except BudgetExceeded as exc:
         refused = exc
-    else:
-        refused = None
     if refused is not None:
         assert refused.needed_bytes > refused.budget_bytes == budget
         return

@@ -160,12 +160,11 @@ def test_the_sample_fits_half_of_the_budget(lists: int, rows: int, dim: int, bud
         sample_rate=256,
         seed=1,
     )
+    refused: BudgetExceeded | None = None
     try:
         found = sample_rows(spec, rows=rows, budget_bytes=budget)
     except BudgetExceeded as exc:
         refused = exc
-    else:
-        refused = None
     if refused is not None:
         assert refused.needed_bytes > refused.budget_bytes == budget
         return

@@ -67,6 +67,17 @@ def test_rows_deleted_after_the_build_never_appear(tmp_path: Path, name: str, st
     same_rows(whole.knn(clustered(3, DIM, 2), 20, **_widths(name)), before)
 
 
+@pytest.mark.parametrize("name", ["FLAT", "IVF_FLAT", "HNSW_FLAT"])
+def test_k_rows_come_back_at_the_default_widths_after_most_were_deleted(tmp_path: Path, name: str) -> None:
+    asked = {**INDEXES[name], **({"num_partitions": 16} if "IVF" in name else {})}
+    plain = make_dataset(tmp_path / "d", clustered(3000, DIM, 1))
+    dataset = lance_dfaiss.create_index(plain, "vec", **asked)
+    dataset.delete("id % 100 <> 0")
+    index = lance_dfaiss.open_index(dataset)
+    assert len(index) == 30
+    assert np.isfinite(index.knn(clustered(50, DIM, 2), 20)[0]).all()
+
+
 @pytest.mark.parametrize("name", INDEXES)
 def test_an_index_whose_rows_are_all_deleted(tmp_path: Path, name: str) -> None:
     dataset = _built(tmp_path, name)
