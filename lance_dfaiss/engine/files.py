@@ -132,7 +132,7 @@ def _read(store: Store, entry: FileEntry, flags: int) -> Any:
         def read(size: int) -> Any:
             # FAISS turns an exception in here into its own: keep the real one.
             try:
-                return reader.read(size)
+                return reader.read1(size)
             except BaseException as exc:
                 fault.append(exc)
                 raise

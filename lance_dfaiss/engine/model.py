@@ -29,6 +29,15 @@ _ERROR_ROWS = 16_384
 # OPQ's default of 50 iterations takes minutes on 40,000 rows; the rotation hardly moves after 10.
 _OPQ_ITERATIONS = 10
 
+# k-means ends when an iteration lowers the error by less than this share. For lists that takes 6 or 7
+# iterations instead of FAISS's 10, for an error at most 0.7 % above theirs on real and synthetic sets;
+# codes are given longer, as their error goes straight into the distances.
+_LISTS_GAIN = 0.004
+_CODES_GAIN = 0.001
+
+# Rows that tell a scalar quantizer its ranges.
+_RANGE_ROWS = 65_536
+
 # Training rows that transforms see; PCA and OPQ estimate a dim x dim matrix, not one per list.
 _TRANSFORM_ROWS = 65_536
 
@@ -145,7 +154,7 @@ def train_model(
     """
     base = empty_index(spec.factory, spec.dim, spec.metric)
     _set_seeds(base, spec)
-    _train_transforms(base, sample[:_TRANSFORM_ROWS])
+    _train_transforms(base, _spread(sample, _TRANSFORM_ROWS))
     seen = _transformed(base, sample)
     ivf = ivf_of(base)
     if ivf is not None:
@@ -159,7 +168,7 @@ def train_model(
         base.is_trained = True
     refine = _train_refine(spec, sample)
     trained = Model(spec, base, refine, fingerprint_of(spec, base, refine))
-    return Model(spec, base, refine, trained.fingerprint, trained.coarse_error(sample[:_ERROR_ROWS]))
+    return Model(spec, base, refine, trained.fingerprint, trained.coarse_error(_spread(sample, _ERROR_ROWS)))
 
 
 def empty_refine(spec: ResolvedSpec) -> Any | None:
@@ -215,10 +224,12 @@ def _set_seeds(base: Any, spec: ResolvedSpec) -> None:
         if isinstance(transform, faiss.OPQMatrix):
             transform.niter = _OPQ_ITERATIONS
     inner = inner_index(base)
-    for clustering in (getattr(inner, "cp", None), getattr(getattr(inner, "pq", None), "cp", None)):
+    lists, codes = getattr(inner, "cp", None), getattr(getattr(inner, "pq", None), "cp", None)
+    for clustering, gain in ((lists, _LISTS_GAIN), (codes, _CODES_GAIN)):
         if clustering is not None:
             clustering.seed = spec.seed
             clustering.min_points_per_centroid = 1
+            clustering.early_stop_threshold = gain
     ivf = ivf_of(base)
     if ivf is not None:
         ivf.cp.max_points_per_centroid = max(spec.sample_rate, 1)
@@ -261,7 +272,8 @@ def _train_codes(inner: Any, seen: Float32Array) -> None:
     pq = getattr(inner, "pq", None)
     if pq is not None:
         _require_rows(len(seen), int(pq.ksub), "codewords", "num_bits")
-    inner.train(seen)
+    # A product quantizer draws its own subset; a scalar one only wants the range of each dimension.
+    inner.train(seen if pq is not None else _spread(seen, _RANGE_ROWS))
 
 
 def _train_refine(spec: ResolvedSpec, sample: Float32Array) -> Any | None:
@@ -269,6 +281,13 @@ def _train_refine(spec: ResolvedSpec, sample: Float32Array) -> Any | None:
     if refine is not None:
         refine.train(sample)
     return refine
+
+
+def _spread(rows: Float32Array, count: int) -> Float32Array:
+    """Return at most ``count`` rows, evenly spread: a sample lies in order of place."""
+    if len(rows) <= count:
+        return rows
+    return np.ascontiguousarray(rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)])
 
 
 def _set_codebook(inner: Any, given: Float32Array) -> None:

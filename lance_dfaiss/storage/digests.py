@@ -304,15 +304,38 @@ class VerifiedReader:
         wanted = self._left_bytes if n < 0 else min(n, self._left_bytes)
         parts: list[bytes] = []
         while wanted:
-            if self._offset == len(self._chunk):
-                self._advance()
-            # Slicing all of a bytes object does not copy it.
-            part = self._chunk[self._offset : self._offset + wanted]
-            parts.append(part)
-            self._offset += len(part)
-            self._left_bytes -= len(part)
-            wanted -= len(part)
+            parts.append(self.read1(wanted))
+            wanted -= len(parts[-1])
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read1(self, n: int, /) -> bytes:
+        """Return some of the next bytes: as many as cost no second copy.
+
+        Parameters
+        ----------
+        n : int
+            The most to return.
+
+        Returns
+        -------
+        bytes
+            At least one byte, up to the end of a chunk; none behind the end of the file.
+
+        Raises
+        ------
+        DigestMismatch, MissingFile, StorageError
+            As for `read`.
+        """
+        self._require_usable()
+        if not self._left_bytes or n < 1:
+            return b""
+        if self._offset == len(self._chunk):
+            self._advance()
+        # Slicing all of a bytes object does not copy it.
+        part = self._chunk[self._offset : self._offset + n]
+        self._offset += len(part)
+        self._left_bytes -= len(part)
+        return part
 
     def close(self) -> None:
         """Stop the threads and free the chunks; what is being fetched is waited for, not used."""
