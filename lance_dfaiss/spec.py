@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from .errors import InvalidArgument
 from .progress import Progress, SilentProgress
 from .types import (
@@ -109,6 +111,8 @@ class IndexSpec:
             )
         _choice("num_bits", self.num_bits, (None, 4, 8))
         self._check_factory_alone()
+        for parameter in ("ivf_centroids", "pq_codebook"):
+            object.__setattr__(self, parameter, _float32_array(parameter, getattr(self, parameter)))
         if self.pq_codebook is not None and self.ivf_centroids is None:
             raise InvalidArgument(
                 "pq_codebook was given without ivf_centroids",
@@ -223,7 +227,8 @@ class BuildOptions:
         _positive("num_workers", self.num_workers)
         _positive("memory_budget_bytes", self.memory_budget_bytes, optional=True)
         _choice("on_invalid", self.on_invalid, ("skip", "error"))
-        if self.min_recall is not None and not 0 <= self.min_recall <= 1:
+        number = isinstance(self.min_recall, (int, float)) and not isinstance(self.min_recall, bool)
+        if self.min_recall is not None and not (number and 0 <= self.min_recall <= 1):
             raise InvalidArgument(
                 f"min_recall must be between 0 and 1, not {self.min_recall!r}",
                 parameter="min_recall",
@@ -267,6 +272,19 @@ def check_index_name(name: str) -> str:
             f"an index name has 1 to 200 printable characters, not {name!r}", parameter="name", value=name
         )
     return name
+
+
+def _float32_array(parameter: str, given: Any) -> Float32Array | None:
+    if given is None:
+        return None
+    try:
+        return np.array(given, dtype=np.float32)
+    except (TypeError, ValueError) as exc:
+        raise InvalidArgument(
+            f"{parameter} must be an array of numbers, not {type(given).__name__}",
+            parameter=parameter,
+            value=type(given).__name__,
+        ) from exc
 
 
 def _folded(value: Any, fold: Any) -> Any:

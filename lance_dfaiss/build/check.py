@@ -89,7 +89,9 @@ class ExactScorer:
 
     def __init__(self, queries: Float32Array, *, similarity: bool, own_positions: Int64Array) -> None:
         # Scores are -qx, or |x|^2 - 2qx: |q|^2 is the same for all candidates of a query and left out.
-        self._weights = queries * np.float32(-1 if similarity else -2)
+        # For that the origin is put among the queries: far from it, float32 would leave nothing but rounding.
+        self._origin = np.zeros(0, np.float32) if similarity or not len(queries) else queries.mean(axis=0)
+        self._weights = queries * np.float32(-1) if similarity else (queries - self._origin) * np.float32(-2)
         self._similarity = similarity
         self.own_positions = own_positions
         self._best = np.full((len(queries), EXACT_NEIGHBORS), np.inf, dtype=np.float32)
@@ -113,6 +115,8 @@ class ExactScorer:
                 self._score(positions[part], vectors[part])
 
     def _score(self, positions: Int64Array, vectors: Float32Array) -> None:
+        if not self._similarity:
+            vectors = vectors - self._origin
         scores = self._weights @ vectors.T
         if not self._similarity:
             scores += np.einsum("ij,ij->i", vectors, vectors)
@@ -175,10 +179,13 @@ class RecallMeter:
         What was built.
     cost : RowCost
         Weighs list scans against refining when the default widths are chosen.
+    target : float
+        Recall that the default widths should reach.
     """
 
-    def __init__(self, spec: ResolvedSpec, cost: RowCost) -> None:
+    def __init__(self, spec: ResolvedSpec, cost: RowCost, *, target: float = AUTO_RECALL_TARGET) -> None:
         self._spec = spec
+        self._target = target
         self._cost = cost
         self._widths = check_widths(spec, cost.family)
         self._factors = k_factors(spec, cost.family)
@@ -226,7 +233,7 @@ class RecallMeter:
             k=k,
             queries=len(truth),
             points=tuple(points),
-            defaults=choose_defaults(points, spec=self._spec, cost=self._cost, rows=rows),
+            defaults=choose_defaults(points, spec=self._spec, cost=self._cost, rows=rows, target=self._target),
             method="held-out rows of the dataset, own row left out, against exact search while encoding",
         )
 
@@ -245,9 +252,16 @@ def k_factors(spec: ResolvedSpec, family: str) -> tuple[int, ...]:
     return _HNSW_K_FACTORS if family == "hnsw" else _K_FACTORS
 
 
-def choose_defaults(points: Sequence[RecallPoint], *, spec: ResolvedSpec, cost: RowCost, rows: int) -> SearchOptions:
+def choose_defaults(
+    points: Sequence[RecallPoint],
+    *,
+    spec: ResolvedSpec,
+    cost: RowCost,
+    rows: int,
+    target: float = AUTO_RECALL_TARGET,
+) -> SearchOptions:
     """Return the cheapest measured widths that reach the recall target, or the best there are."""
-    good = [point for point in points if point.recall >= AUTO_RECALL_TARGET]
+    good = [point for point in points if point.recall >= target]
     if good:
         return min(good, key=lambda point: _work(point.options, spec=spec, cost=cost, rows=rows)).options
     return max(points, key=lambda point: point.recall).options

@@ -12,6 +12,7 @@ from ..lance_io import PinnedDataset, VectorColumn
 from ..manifest import (
     BuildPlan,
     BuildStatistics,
+    Cover,
     Manifest,
     ModelEntry,
     Pointer,
@@ -22,14 +23,18 @@ from ..manifest import (
     check_cover_disjoint,
     encode,
 )
+from ..plan import FragmentState
 from ..pointers import IN_DATASET, publish
+from ..search.snapshot import fragments_to_read, revived_fragments
 from ..storage import Store, digest_bytes, write_document
 from .train import TrainedModel
 
-__all__ = ["check_still_covered", "publish_manifest", "write_manifest"]
+__all__ = ["check_still_covered", "publish_manifest", "revived_in", "write_manifest"]
 
 
-def check_still_covered(plan: BuildPlan, newest: PinnedDataset, column: VectorColumn) -> None:
+def check_still_covered(
+    plan: BuildPlan, newest: PinnedDataset, column: VectorColumn, covers: Sequence[Cover] = ()
+) -> list[int]:
     """Check that every fragment of a plan is still live and unchanged.
 
     A fragment all of whose rows were deleted meanwhile is gone from the dataset: it changes nothing,
@@ -38,29 +43,49 @@ def check_still_covered(plan: BuildPlan, newest: PinnedDataset, column: VectorCo
     Parameters
     ----------
     plan : BuildPlan
-        What was built.
+        What is built.
     newest : PinnedDataset
         Newest version of the dataset.
     column : VectorColumn
         The column at the plan's version.
+    covers : sequence of Cover
+        Of the shards that are encoded: none of the rows they found deleted may be live again.
+
+    Returns
+    -------
+    list of int
+        Fragments of the newest version that the plan does not have: rows that were added meanwhile.
 
     Raises
     ------
     DatasetChanged
         Naming the fragments that changed or vanished.
     """
-    now = {state.fragment_id: state for state in newest.fragments(newest.vector_column(column.name))}
-    covers = {cover.fragment_id: cover for task in plan.tasks for cover in task.fragments}
-    changed = [i for i, cover in covers.items() if i in now and now[i].signature != cover.signature]
-    gone = [i for i in covers if i not in now]
-    if changed or (gone and set(now) - set(covers)):
-        named = tuple(sorted(changed + gone))
+    states = newest.fragments(newest.vector_column(column.name))
+    now = {state.fragment_id: state for state in states}
+    planned = {cover.fragment_id: cover for task in plan.tasks for cover in task.fragments}
+    changed = {i for i, cover in planned.items() if i in now and now[i].signature != cover.signature}
+    changed |= set(revived_in(newest, covers, states))
+    gone = {i for i in planned if i not in now}
+    new = sorted(set(now) - set(planned))
+    if changed or (gone and new):
+        named = tuple(sorted(changed | gone))
         raise DatasetChanged(
-            f"fragments {', '.join(map(str, named[:10]))} of {newest.uri} were rewritten or compacted while the index"
-            f" was built over version {plan.dataset.version}; it now has version {newest.version}",
-            remedy="Run create_index again; pause compaction and updates of the vector column meanwhile",
+            f"fragments {', '.join(map(str, named[:10]))} of {newest.uri} were rewritten, compacted or restored since"
+            f" version {plan.dataset.version}, over which the index is built; it now has version {newest.version}",
+            remedy="Run create_index again on the newest version; pause compaction and updates of the vector column"
+            " meanwhile",
             fragments=named,
         )
+    return new
+
+
+def revived_in(pinned: PinnedDataset, covers: Sequence[Cover], states: Sequence[FragmentState]) -> list[int]:
+    """Return the fragments with rows that the shards found deleted, and that are live in a version."""
+    if not any(len(cover.deleted) for cover in covers):
+        return []
+    live = {i: pinned.live_offsets(i) for i in fragments_to_read(covers, states)}
+    return revived_fragments(covers, states, live)
 
 
 def write_manifest(

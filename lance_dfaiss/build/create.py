@@ -23,6 +23,7 @@ from ..errors import (
     RecallTooLow,
 )
 from ..lance_io import LanceDataset, PinnedDataset, VectorColumn, move_to_latest, open_dataset
+from ..machine import usable_cores, usable_memory_bytes
 from ..manifest import (
     BuildPlan,
     DatasetEntry,
@@ -38,9 +39,9 @@ from ..pointers import FoundPointer, find_pointer, pointer_texts
 from ..progress import PhaseMeter, Progress, SilentProgress
 from ..spec import BuildOptions, IndexSpec
 from ..storage import MAX_DOCUMENT_BYTES, Store, open_store
-from ..types import DEFAULT_SEED, Coarse, Float32Array, IndexType, Metric, OnInvalid, Refine
+from ..types import AUTO_RECALL_TARGET, DEFAULT_SEED, Coarse, Float32Array, IndexType, Metric, OnInvalid, Refine
 from .check import RecallMeter, ShardCheck
-from .commit import check_still_covered, publish_manifest, write_manifest
+from .commit import check_still_covered, publish_manifest, revived_in, write_manifest
 from .encode import EncodeJob
 from .runner import LocalRunner
 from .train import TrainedModel, find_trained, load_arrays, train
@@ -50,6 +51,9 @@ __all__ = ["PlannedBuild", "create_index", "plan_index"]
 _log = logging.getLogger(__name__)
 
 _PLAN_FILE = "plan.json"
+
+# Rows that tell AUTO which share of a column can be indexed.
+_PROBE_ROWS = 4_096
 
 # After these nothing that was built can be of use to a second try.
 _HOPELESS = (InvalidVectors, InsufficientData, CommitConflict, DatasetChanged)
@@ -261,7 +265,7 @@ def plan_index(dataset: LanceDataset, spec: IndexSpec, options: BuildOptions) ->
     resolved = resolve_spec(
         spec,
         dim=column.dim,
-        rows=rows,
+        rows=_usable_rows(pinned, column, spec, rows),
         largest_fragment_rows=max((state.physical_rows for state in states), default=0),
         budget_bytes=budget,
         parts=None if spec.factory is None else engine.split_factory(spec.factory),
@@ -286,6 +290,14 @@ def plan_index(dataset: LanceDataset, spec: IndexSpec, options: BuildOptions) ->
         previous=None if previous is None else previous.pointer.generation,
         tasks=tasks,
     )
+    added = check_still_covered(plan, pinned.latest(), column)
+    if added:
+        raise DatasetChanged(
+            f"the dataset handle is at version {pinned.version}, and a newer version has rows in fragments"
+            f" {', '.join(map(str, added[:10]))} that the index would not cover",
+            remedy="Call checkout_latest() on the handle first",
+            fragments=tuple(added),
+        )
     return PlannedBuild(
         spec=spec,
         options=options,
@@ -298,8 +310,16 @@ def plan_index(dataset: LanceDataset, spec: IndexSpec, options: BuildOptions) ->
         rows=rows,
         sample_rows=sample,
         budget_bytes=budget,
-        estimate=estimate(resolved, cost, tasks, sample=sample, cores=os.cpu_count() or 1),
+        estimate=estimate(resolved, cost, tasks, sample=sample, cores=usable_cores()),
     )
+
+
+def _usable_rows(pinned: PinnedDataset, column: VectorColumn, spec: IndexSpec, rows: int) -> int:
+    """Return the rows that AUTO should reckon with: a column that is half filled has half as many."""
+    if spec.index_type != "AUTO" or rows < 1:
+        return rows
+    probe = pinned.sample(column, _PROBE_ROWS, spec.metric, spec.seed)
+    return max(rows * len(probe.vectors) // max(probe.drawn_rows, 1), 1)
 
 
 def run_build(planned: PlannedBuild) -> Manifest:
@@ -315,7 +335,7 @@ def run_build(planned: PlannedBuild) -> Manifest:
         found = _find_unfinished(planned)
         if found is not None:
             # Over the version at hand, as the one it began with may be cleaned up: the signatures are equal, so only
-            # deletions can differ, and those are masked when the index is opened.
+            # deletions can differ. More of them are masked when the index is opened; shards with fewer are dropped.
             plan = found
     try:
         return _phases(planned, plan, pinned)
@@ -351,7 +371,9 @@ def _phases(planned: PlannedBuild, plan: BuildPlan, pinned: PinnedDataset) -> Ma
     seconds.append(("check", meter.seconds))
 
     meter = PhaseMeter(progress, "commit")
-    check_still_covered(plan, pinned.latest(), planned.column)
+    added = check_still_covered(plan, pinned.latest(), planned.column, [record.cover for record in records])
+    if added:
+        _log.warning("index %r does not cover fragments that were added while it was built: %s", plan.name, added[:10])
     manifest = write_manifest(plan, trained, records, recall=recall, seconds=seconds)
     publish_manifest(
         manifest,
@@ -369,6 +391,8 @@ def _encode(
     planned: PlannedBuild, plan: BuildPlan, pinned: PinnedDataset, trained: TrainedModel, meter: PhaseMeter
 ) -> list[ShardRecord]:
     finished = _finished_records(plan, trained, planned.store) if planned.options.resume else {}
+    states = pinned.fragments(planned.column)
+    finished = {i: record for i, record in finished.items() if not revived_in(pinned, [record.cover], states)}
     meter.add(sum(record.cover.physical_rows for record in finished.values()))
     job = EncodeJob(
         plan=plan,
@@ -393,7 +417,8 @@ def _encode(
 def _check(
     planned: PlannedBuild, plan: BuildPlan, store: Store, records: list[ShardRecord], meter: PhaseMeter
 ) -> RecallReport | None:
-    recall_meter = RecallMeter(plan.spec, planned.cost)
+    target = max(AUTO_RECALL_TARGET, planned.options.min_recall or 0)
+    recall_meter = RecallMeter(plan.spec, planned.cost, target=target)
     first = 0
     for record in records:
         if record.check is not None:
@@ -511,7 +536,7 @@ def _remove(store: Store, generation: str) -> None:
 
 
 def _default_budget(num_workers: int) -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // num_workers
+    return usable_memory_bytes() // 2 // num_workers
 
 
 def _one_of(num_shards: int | None, num_segments: int | None) -> int | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from ..storage import Store
 from ..types import Float32Array, Int64Array, OnInvalid, UInt64Array
 from .ahead import read_ahead
 from .check import RECALL_K, ExactScorer, ShardCheck, arrays_of, check_widths, k_factors
+from .runner import TaskStopped
 from .train import TrainedModel, save_arrays
 
 __all__ = ["EncodeJob"]
@@ -55,6 +57,15 @@ class EncodeJob:
     store: Store
     on_invalid: OnInvalid
     meter: PhaseMeter
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def stop(self) -> None:
+        """Make running tasks end at their next block."""
+        self.stopped.set()
+
+    def _go_on(self) -> None:
+        if self.stopped.is_set():
+            raise TaskStopped
 
     def __call__(self, task: ShardTask) -> ShardRecord:
         """Encode one shard and write its files, its record last.
@@ -72,6 +83,7 @@ class EncodeJob:
         blocks = self.pinned.blocks(self.column, task.fragment_ids, self.plan.spec.metric)
         for positions, vectors in read_ahead(self._usable(blocks, rows), self.column.dim):
             prepare(vectors, self.plan.spec.metric)
+            self._go_on()
             encoder.add(positions, vectors)
             scorer.add(positions, vectors)
             self.meter.add(len(positions), len(positions) * self.column.stored_row_bytes)
@@ -168,7 +180,7 @@ class _RowBook:
         self._firsts = {cover.fragment_id: (cover.first_position, cover.physical_rows) for cover in task.fragments}
         self._stable = stable
         self._runs: list[NDArray[np.uint64]] = []
-        self._live = 0
+        self._live: NDArray[np.bool_] = np.zeros(task.physical_rows, dtype=bool)
         self._null = self._non_finite = self._zero = 0
         self.indexed: NDArray[np.bool_] = np.zeros(task.physical_rows, dtype=bool)
 
@@ -182,7 +194,7 @@ class _RowBook:
                 remedy="Start the build again",
                 fragments=(block.fragment_id,),
             )
-        self._live += len(block.row_offsets)
+        self._live[block.row_offsets + first] = True
         self._null += block.null
         self._non_finite += block.non_finite
         self._zero += block.zero
@@ -195,7 +207,7 @@ class _RowBook:
     def skipped(self) -> SkipCounts:
         """Return rows without an entry, by reason."""
         return SkipCounts(
-            deleted=self._task.physical_rows - self._live,
+            deleted=self._task.physical_rows - int(np.count_nonzero(self._live)),
             null=self._null,
             non_finite=self._non_finite,
             zero=self._zero,
@@ -208,6 +220,7 @@ class _RowBook:
             fragments=self._task.fragments,
             row_ids=RunTable.of(_joined_runs(self._runs)) if self._stable else None,
             skipped=RunTable.of(_false_runs(self.indexed)),
+            deleted=RunTable.of(_false_runs(self._live)),
             remap=None,
         )
 

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Protocol, TypeVar
 
 from ..engine import use_threads
 from ..errors import DfaissError, TaskFailed
+from ..machine import usable_cores
 from ..manifest import ShardTask
 
-__all__ = ["LocalRunner", "Runner"]
+__all__ = ["LocalRunner", "Runner", "TaskStopped", "Work"]
 
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class TaskStopped(Exception):
+    """A task ended because it was told to; never seen outside a runner."""
+
+
+class Work(Protocol[R_co]):
+    """What a runner does with each task."""
+
+    def __call__(self, task: ShardTask) -> R_co:
+        """Do one task; may run in another thread."""
+
+    def stop(self) -> None:
+        """Make the tasks that are running end soon."""
 
 
 class Runner(Protocol):
     """Runs independent tasks somewhere."""
 
-    def run(self, work: Callable[[ShardTask], R], tasks: Sequence[ShardTask]) -> Iterator[R]:
+    def run(self, work: Work[R], tasks: Sequence[ShardTask]) -> Iterator[R]:
         """Run every task, and yield results as they finish, in any order.
 
         Parameters
         ----------
-        work : callable
-            Takes one task; may run in another thread or process.
+        work : Work
+            Takes one task; may run in another thread.
         tasks : sequence of ShardTask
             What to run it on.
 
@@ -51,7 +66,7 @@ class LocalRunner:
     def __init__(self, num_workers: int = 1) -> None:
         self._num_workers = num_workers
 
-    def run(self, work: Callable[[ShardTask], R], tasks: Sequence[ShardTask]) -> Iterator[R]:
+    def run(self, work: Work[R], tasks: Sequence[ShardTask]) -> Iterator[R]:
         """Run every task; see `Runner.run`."""
         workers = min(self._num_workers, len(tasks))
         if workers <= 1:
@@ -61,8 +76,8 @@ class LocalRunner:
         yield from _run_threads(work, tasks, workers)
 
 
-def _run_threads(work: Callable[[ShardTask], R], tasks: Sequence[ShardTask], workers: int) -> Iterator[R]:
-    share = max((os.cpu_count() or 1) // workers, 1)
+def _run_threads(work: Work[R], tasks: Sequence[ShardTask], workers: int) -> Iterator[R]:
+    share = max(usable_cores() // workers, 1)
     with ThreadPoolExecutor(workers, "dfaiss-build", initializer=use_threads, initargs=(share,)) as pool:
         waiting = {pool.submit(_attempt, work, task, worker=f"local thread of {workers}") for task in tasks}
         try:
@@ -71,14 +86,17 @@ def _run_threads(work: Callable[[ShardTask], R], tasks: Sequence[ShardTask], wor
                 for future in done:
                     yield future.result()
         finally:
+            # Left early (an error, Ctrl-C): nobody waits for shards that nobody will use.
+            if waiting:
+                work.stop()
             for future in waiting:
                 future.cancel()
 
 
-def _attempt(work: Callable[[ShardTask], R], task: ShardTask, *, worker: str) -> R:
+def _attempt(work: Work[R], task: ShardTask, *, worker: str) -> R:
     try:
         return work(task)
-    except DfaissError:
+    except (DfaissError, TaskStopped):
         raise
     except Exception as exc:
         raise TaskFailed(

@@ -107,10 +107,10 @@ class ShardEncoder:
             start = stop
 
     def _fill_graph(self, until: int) -> None:
-        missing = until - self._next_position
-        if missing > 0:
-            self.base.add(np.ascontiguousarray(self._filler[np.arange(missing) % len(self._filler)]))
-            self._next_position = until
+        while self._next_position < until:  # in pieces: a gap may be a million rows long
+            count = min(until - self._next_position, len(self._filler))
+            self.base.add(self._filler[:count])
+            self._next_position += count
 
     def _measure(self, vectors: Float32Array) -> None:
         self._blocks += 1

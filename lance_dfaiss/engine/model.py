@@ -308,7 +308,9 @@ def _set_codebook(inner: Any, given: Float32Array) -> None:
 
 def _given_array(parameter: str, given: Float32Array, shape: tuple[int, ...]) -> Float32Array:
     array = np.array(given, dtype=np.float32)
-    if array.size != int(np.prod(shape)) or not np.isfinite(array).all():
+    # Lance writes a codebook as one row a codeword.
+    flat = (shape[0] * shape[1], *shape[2:]) if len(shape) > 2 else shape
+    if array.shape not in (shape, flat) or not np.isfinite(array).all():
         raise InvalidArgument(
             f"{parameter} must hold finite values of shape {shape}, found shape {array.shape}",
             parameter=parameter,

@@ -58,6 +58,7 @@ class CoverJSON(TypedDict):
     fragments: list[FragmentCoverJSON]
     row_ids: RunTableJSON | None
     skipped: RunTableJSON
+    deleted: RunTableJSON
     remap: RemapJSON | None
 
 
@@ -175,6 +176,9 @@ class Cover:
         Width 3: first position, first row id, length in rows. None without stable row ids.
     skipped : RunTable
         Width 2: first position, length in rows; the rows that have no entry in the index.
+    deleted : RunTable
+        Width 2, as ``skipped`` and part of it: the rows that were deleted when the shard was encoded. Should one
+        of them be live again (a version was restored), its fragment is not covered.
     remap : Remap or None
         None until a compaction has moved rows.
     """
@@ -183,6 +187,7 @@ class Cover:
     fragments: tuple[FragmentCover, ...]
     row_ids: RunTable | None
     skipped: RunTable
+    deleted: RunTable
     remap: Remap | None
 
     @property
@@ -202,6 +207,7 @@ class Cover:
             "fragments": [fragment.to_json() for fragment in self.fragments],
             "row_ids": None if self.row_ids is None else self.row_ids.to_json(),
             "skipped": self.skipped.to_json(),
+            "deleted": self.deleted.to_json(),
             "remap": None if self.remap is None else self.remap.to_json(),
         }
 
@@ -214,6 +220,7 @@ class Cover:
             fragments=fields.get("fragments", each(FragmentCover.from_json)),
             row_ids=fields.get("row_ids", optional(run_table(_ROW_ID_COLUMNS))),
             skipped=fields.get("skipped", run_table(_SKIPPED_COLUMNS)),
+            deleted=fields.get("deleted", run_table(_SKIPPED_COLUMNS)),
             remap=fields.get("remap", optional(Remap.from_json)),
         )
         if fields.clean:
@@ -225,6 +232,8 @@ class Cover:
         if rows != self.physical_rows:
             place.at("physical_rows").expected(f"{rows}, the sum over the fragments", self.physical_rows)
         _check_positions(self.skipped, place.at("skipped"), self.physical_rows)
+        _check_positions(self.deleted, place.at("deleted"), self.physical_rows)
+        _check_inside(self.deleted, self.skipped, place.at("deleted"))
         if self.row_ids is not None:
             _check_row_ids(self.row_ids, place.at("row_ids"), self.physical_rows)
         if self.remap is not None:
@@ -254,6 +263,16 @@ def check_fragments(fragments: Sequence[FragmentCover], place: Place) -> int:
 
 def _check_positions(table: RunTable, place: Place, physical_rows: int) -> None:
     check_ranges(table.rows[:, 0], table.rows[:, -1], place, limit=physical_rows, what="positions")
+
+
+def _check_inside(part: RunTable, whole: RunTable, place: Place) -> None:
+    """Report positions of one table that another does not have."""
+    if not len(part):
+        return
+    starts, ends = whole.rows[:, 0], whole.rows.sum(axis=1)
+    at = np.searchsorted(starts, part.rows[:, 0], side="right").astype(np.int64) - 1
+    if (at < 0).any() or (part.rows.sum(axis=1) > ends[at]).any():
+        place.report("holds positions that skipped does not")
 
 
 def _check_row_ids(table: RunTable, place: Place, physical_rows: int) -> None:

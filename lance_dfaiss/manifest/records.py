@@ -354,6 +354,9 @@ class ShardRecord:
             place.at("skipped").report(
                 f"{self.skipped.total} rows are counted, but cover.skipped holds {self.cover.skipped_rows}"
             )
+        deleted = sum(self.cover.deleted.rows[:, 1].tolist())
+        if deleted != self.skipped.deleted:
+            place.at("skipped").at("deleted").expected(f"{deleted}, as cover.deleted holds", self.skipped.deleted)
         if self.largest_list_rows is not None and self.largest_list_rows > self.indexed_rows:
             place.at("largest_list_rows").expected(f"at most {self.indexed_rows} indexed rows", self.largest_list_rows)
 

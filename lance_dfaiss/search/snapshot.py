@@ -17,7 +17,7 @@ from ..manifest import Cover
 from ..plan import FragmentState
 from ..types import Int64Array, UInt64Array
 
-__all__ = ["RowIdMap", "Snapshot", "fragments_to_read", "resolve_snapshot"]
+__all__ = ["RowIdMap", "Snapshot", "fragments_to_read", "resolve_snapshot", "revived_fragments"]
 
 _MAX_NAMED = 10
 
@@ -133,7 +133,7 @@ def resolve_snapshot(
         If a covered fragment's vectors changed, or the version has fragments that are not covered.
     """
     by_id = {state.fragment_id: state for state in states}
-    _check_covered(covers, by_id, version)
+    _check_covered(covers, by_id, revived_fragments(covers, states, live_offsets), version)
     total = sum(cover.physical_rows for cover in covers)
     live = np.ones(total, dtype=bool)
     first = indexed = 0
@@ -147,7 +147,44 @@ def resolve_snapshot(
     return Snapshot(version, _row_id_map(covers), live, indexed, indexed - int(np.count_nonzero(live)))
 
 
-def _check_covered(covers: Sequence[Cover], by_id: Mapping[int, FragmentState], version: int) -> None:
+def revived_fragments(
+    covers: Sequence[Cover], states: Sequence[FragmentState], live_offsets: Mapping[int, Int64Array]
+) -> list[int]:
+    """Return the fragments with rows that were deleted when they were encoded, and are live in this version.
+
+    That happens when the version is older than the one that was indexed, or a restored one. The index
+    has no entry for such rows, so it does not cover their fragments.
+
+    Parameters
+    ----------
+    covers : sequence of Cover
+        Of any shards.
+    states : sequence of FragmentState
+        All fragments of the version.
+    live_offsets : mapping of int to numpy.ndarray
+        Live physical offsets of the fragments named by `fragments_to_read`.
+    """
+    present = {state.fragment_id for state in states}
+    revived = []
+    for cover in covers:
+        if not len(cover.deleted):
+            continue
+        deleted = np.zeros(cover.physical_rows, dtype=bool)
+        for start, length in cover.deleted.rows.astype(np.int64):
+            deleted[start : start + length] = True
+        for fragment in cover.fragments:
+            if fragment.fragment_id not in present:
+                continue
+            rows = deleted[fragment.first_position : fragment.first_position + fragment.physical_rows]
+            alive = live_offsets.get(fragment.fragment_id)
+            if rows.any() if alive is None else rows[alive].any():
+                revived.append(fragment.fragment_id)
+    return revived
+
+
+def _check_covered(
+    covers: Sequence[Cover], by_id: Mapping[int, FragmentState], revived: Sequence[int], version: int
+) -> None:
     covered = {fragment.fragment_id: fragment for cover in covers for fragment in cover.fragments}
     changed = [
         i
@@ -155,18 +192,19 @@ def _check_covered(covers: Sequence[Cover], by_id: Mapping[int, FragmentState], 
         if i in by_id and (by_id[i].signature != fragment.signature or by_id[i].physical_rows != fragment.physical_rows)
     ]
     new = [i for i in by_id if i not in covered]
-    if not changed and not new:
+    if not changed and not new and not revived:
         return
     reasons = []
     if changed:
         reasons.append(f"the vectors of fragments {_named(changed)} were rewritten")
     if new:
         reasons.append(f"fragments {_named(new)} were added or compacted after the index was built")
+    if revived:
+        reasons.append(f"rows of fragments {_named(revived)} that were deleted when the index was built are live")
     raise DatasetChanged(
         f"dataset version {version} holds rows that the index does not cover: {' and '.join(reasons)}",
-        remedy="Build the index again with create_index(..., replace=True), or open the dataset at the version that"
-        " was indexed",
-        fragments=tuple(sorted(changed + new)),
+        remedy="Build the index again with create_index(..., replace=True)",
+        fragments=tuple(sorted({*changed, *new, *revived})),
     )
 
 

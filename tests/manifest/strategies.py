@@ -158,11 +158,14 @@ def covers(draw: st.DrawFn) -> Cover:
     row_ids = [(first, start + first, length) for first, length in positions]
     moved = draw(stretches(physical_rows))
     remap = [(first, first % 3, first, length) for first, length in moved]
+    skipped = draw(stretches(physical_rows))
+    deleted = [run for run in skipped if draw(st.booleans())]
     return Cover(
         physical_rows=physical_rows,
         fragments=fragments,
         row_ids=draw(st.none() | st.just(_table(row_ids, 3))),
-        skipped=_table(draw(stretches(physical_rows)), 2),
+        skipped=_table(skipped, 2),
+        deleted=_table(deleted, 2),
         remap=draw(st.none() | st.builds(Remap, version=positives, runs=st.just(_table(remap, 4)))),
     )
 
@@ -172,9 +175,10 @@ def _table(rows: Sequence[tuple[int, ...]], width: int) -> RunTable:
 
 
 @st.composite
-def split_counts(draw: st.DrawFn, total: int) -> SkipCounts:
-    cuts = sorted(draw(st.lists(st.integers(0, total), min_size=3, max_size=3)))
-    return SkipCounts(deleted=cuts[0], null=cuts[1] - cuts[0], non_finite=cuts[2] - cuts[1], zero=total - cuts[2])
+def split_counts(draw: st.DrawFn, total: int, deleted: int | None = None) -> SkipCounts:
+    first = draw(st.integers(0, total)) if deleted is None else deleted
+    cuts = sorted(draw(st.lists(st.integers(first, total), min_size=2, max_size=2)))
+    return SkipCounts(deleted=first, null=cuts[0] - first, non_finite=cuts[1] - cuts[0], zero=total - cuts[1])
 
 
 @st.composite
@@ -191,7 +195,7 @@ def shard_records(draw: st.DrawFn) -> ShardRecord:
         check=draw(st.none() | file_entries("check/")),
         cover=cover,
         indexed_rows=indexed_rows,
-        skipped=draw(split_counts(cover.skipped_rows)),
+        skipped=draw(split_counts(cover.skipped_rows, deleted=sum(cover.deleted.rows[:, 1].tolist()))),
         training_error=draw(st.none() | amounts),
         largest_list_rows=draw(st.none() | st.integers(0, indexed_rows)),
     )

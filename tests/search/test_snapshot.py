@@ -29,6 +29,7 @@ def _covers(states: list[FragmentState], num_shards: int, skipped: set[int]) -> 
                 physical_rows=task.physical_rows,
                 fragments=task.fragments,
                 row_ids=None,
+                deleted=RunTable.empty(2),
                 skipped=RunTable.of(np.array([(p, 1) for p in here], dtype=np.uint64).reshape(-1, 2)),
                 remap=None,
             )
