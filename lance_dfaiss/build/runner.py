@@ -25,7 +25,7 @@ class TaskStopped(Exception):
 class Work(Protocol[R_co]):
     """What a runner does with each task."""
 
-    def __call__(self, task: ShardTask) -> R_co:
+    def __call__(self, task: ShardTask, /) -> R_co:
         """Do one task; may run in another thread."""
 
     def stop(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import lance
 import numpy as np
@@ -77,7 +78,9 @@ def test_a_version_restored_after_the_build_is_refused_and_lance_answers(tmp_pat
     first = dataset.version
     dataset.delete("id < 50")
     built = lance_dfaiss.create_index(dataset, "vec", "FLAT")
-    text = {key: value for key, value in built.metadata.items() if key.startswith("lance_dfaiss.")}
+    text: dict[str, str | None] = {
+        key: value for key, value in built.metadata.items() if key.startswith("lance_dfaiss.")
+    }
     _restore(tmp_path / "d", first)
     restored = lance.dataset(str(tmp_path / "d"))
     restored.update_metadata(text)  # as a pointer that is not versioned with the data would be
@@ -121,11 +124,9 @@ def test_auto_reckons_with_the_rows_that_can_be_indexed(tmp_path: Path) -> None:
 
 def test_the_default_width_keeps_the_promise_of_min_recall(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "d", clustered(6000, DIM, 1), rows_per_fragment=2000)
-    asked = {"index_type": "IVF_FLAT", "num_partitions": 256, "sample_rate": 16, "replace": True}
-    without = lance_dfaiss.open_index(lance_dfaiss.create_index(dataset, "vec", **asked)).stats()  # type: ignore[arg-type]
-    promised = lance_dfaiss.open_index(
-        lance_dfaiss.create_index(dataset, "vec", min_recall=0.999, **asked)  # type: ignore[arg-type]
-    ).stats()
+    asked: dict[str, Any] = {"index_type": "IVF_FLAT", "num_partitions": 256, "sample_rate": 16, "replace": True}
+    without = lance_dfaiss.open_index(lance_dfaiss.create_index(dataset, "vec", **asked)).stats()
+    promised = lance_dfaiss.open_index(lance_dfaiss.create_index(dataset, "vec", min_recall=0.999, **asked)).stats()
     assert without.recall is not None
     assert promised.recall is not None
     assert without.recall < 0.999 <= promised.recall
@@ -143,12 +144,18 @@ def test_given_codebooks_must_have_the_shape_not_only_the_size(tmp_path: Path) -
     dataset = make_dataset(tmp_path / "d", clustered(600, DIM, 1))
     centroids = clustered(4, DIM, 2).tolist()
     codebook = clustered(4 * 16, 2, 3)
-    asked = {"index_type": "IVF_PQ", "num_bits": 4, "num_sub_vectors": 4, "ivf_centroids": centroids, "replace": True}
+    asked: dict[str, Any] = {
+        "index_type": "IVF_PQ",
+        "num_bits": 4,
+        "num_sub_vectors": 4,
+        "ivf_centroids": centroids,
+        "replace": True,
+    }
     with pytest.raises(InvalidArgument, match=r"\(4, 16, 2\), found shape \(16, 4, 2\)"):
-        lance_dfaiss.create_index(dataset, "vec", pq_codebook=codebook.reshape(16, 4, 2), **asked)  # type: ignore[arg-type]
+        lance_dfaiss.create_index(dataset, "vec", pq_codebook=codebook.reshape(16, 4, 2), **asked)
     answers = []
     for shape in ((4, 16, 2), (64, 2)):
-        built = lance_dfaiss.create_index(dataset, "vec", pq_codebook=codebook.reshape(shape), **asked)  # type: ignore[arg-type]
+        built = lance_dfaiss.create_index(dataset, "vec", pq_codebook=codebook.reshape(shape), **asked)
         answers.append(lance_dfaiss.open_index(built).knn(clustered(5, DIM, 4), 5)[1].tolist())
     assert answers[0] == answers[1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,14 +23,27 @@ def task(ordinal: int, *fragments: int) -> ShardTask:
     return ShardTask(ordinal=ordinal, fragments=tuple(covers))
 
 
+class Plain:
+    """Work that is a function, and too short to be stopped."""
+
+    def __init__(self, function: Callable[[ShardTask], Any]) -> None:
+        self._function = function
+
+    def __call__(self, each: ShardTask) -> Any:
+        return self._function(each)
+
+    def stop(self) -> None:
+        """Let it end by itself."""
+
+
 TASKS = [task(number, 2 * number, 2 * number + 1) for number in range(8)]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 20])
 def test_every_task_runs_once(workers: int) -> None:
-    done = sorted(LocalRunner(workers).run(lambda each: each.ordinal, TASKS))
+    done = sorted(LocalRunner(workers).run(Plain(lambda each: each.ordinal), TASKS))
     assert done == list(range(8))
-    assert list(LocalRunner(workers).run(lambda each: each.ordinal, [])) == []
+    assert list(LocalRunner(workers).run(Plain(lambda each: each.ordinal), [])) == []
 
 
 def test_workers_work_at_the_same_time() -> None:
@@ -39,7 +53,7 @@ def test_workers_work_at_the_same_time() -> None:
         together.wait()
         return threading.current_thread().name
 
-    assert len(set(LocalRunner(2).run(meet, TASKS))) == 2
+    assert len(set(LocalRunner(2).run(Plain(meet), TASKS))) == 2
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -50,7 +64,7 @@ def test_unexpected_exception_says_where_and_why(workers: int) -> None:
         return each.ordinal
 
     with pytest.raises(TaskFailed) as caught:
-        list(LocalRunner(workers).run(work, TASKS))
+        list(LocalRunner(workers).run(Plain(work), TASKS))
     error = caught.value
     assert (error.task, error.fragments) == ("shard 3", (6, 7))
     assert error.worker.startswith("local")
@@ -77,7 +91,7 @@ def test_own_errors_pass_unchanged(workers: int) -> None:
         raise mine
 
     with pytest.raises(InvalidVectors) as caught:
-        list(LocalRunner(workers).run(work, TASKS))
+        list(LocalRunner(workers).run(Plain(work), TASKS))
     assert caught.value is mine
     again = pickle.loads(pickle.dumps(mine))
     assert (str(again), again.row_ids, again.column) == ("bad rows. mend them", (7,), "vector")
@@ -93,7 +107,7 @@ def test_after_a_failure_tasks_not_begun_are_dropped() -> None:
         return each.ordinal
 
     with pytest.raises(TaskFailed):
-        list(LocalRunner(1).run(work, TASKS))
+        list(LocalRunner(1).run(Plain(work), TASKS))
     assert begun == [0, 1]
 
 
@@ -103,4 +117,4 @@ def test_ctrl_c_in_a_task_is_no_failure_of_the_task(workers: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(LocalRunner(workers).run(work, TASKS))
+        list(LocalRunner(workers).run(Plain(work), TASKS))

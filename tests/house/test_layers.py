@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "lance_dfaiss"
 LAYERS = {
     "_version": 0,
     "errors": 0,
+    "machine": 0,
     "types": 0,
     "manifest": 1,
     "merge": 1,

@@ -94,9 +94,9 @@ def test_the_reported_recall_is_that_of_the_loaded_index(tmp_path: Path, name: s
         options = point.options
         width = {"nprobe": options.nprobe or 1, "ef": options.ef or 1, "k_factor": options.k_factor or 1}
         hits = sum(len(_searched(built, query, width) & truth[query]) for query in range(len(truth)))
-        # A graph is entered elsewhere when a row is masked; everything else is the same to the last hit, but for
+        # A graph is entered elsewhere when a row is masked; everything else is the same but for ties of codes and
         # neighbours that rounding puts in the other order.
-        slack = 0.01 if "HNSW" in name else 0.0015
+        slack = 0.01 if "HNSW" in name else 0.005
         assert point.recall == pytest.approx(hits / (RECALL_K * len(truth)), abs=slack), options
 
 
