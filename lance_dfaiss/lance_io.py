@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +21,16 @@ import pyarrow as pa
 from lance import LanceDataset
 from lance.dataset import serialize_row_addrs
 
-from .errors import CommitConflict, InsufficientData, InvalidArgument, ReadOnlyStorage, StorageError, UnknownColumn
+from .errors import (
+    CommitConflict,
+    DfaissError,
+    InsufficientData,
+    InvalidArgument,
+    ReadOnlyStorage,
+    StorageError,
+    UnknownColumn,
+    UnsupportedColumn,
+)
 from .manifest import FragmentSignature, Pointer
 from .plan import FragmentState
 from .storage import FolderSession, LocalStore, SessionStore, Store
@@ -41,6 +52,12 @@ _MIN_SAMPLE_ROWS, _MAX_SAMPLE_ROWS = 64, 512
 
 # Rows asked for in one take while sampling.
 _TAKE_ROWS = 16_384
+
+# Times a commit is tried when others commit something else at the same time.
+_COMMIT_ATTEMPTS = 5
+
+# How Lance and the object stores behind it say that one may not write; paths may hold the same words or digits.
+_REFUSED = re.compile(r"(?i:permission ?denied|access ?denied|read-only)|\bForbidden\b|(?<![\w/.-])403(?![\w/.-])")
 
 _ADDRESS_COLUMN = "_rowaddr"
 _OFFSET_MASK = np.uint64(0xFFFFFFFF)
@@ -216,41 +233,41 @@ class PinnedDataset:
         arrow_field = _arrow_field(self._dataset.schema, name)
         kind = vector_type(name, arrow_field)
         dim = kind.dim if kind.dim is not None else self._list_length(name)
+        if dim < 1:
+            raise UnsupportedColumn(
+                f"column {name!r} has type {arrow_field}: expected vectors of at least 1 element, found {dim}",
+                remedy="Index a column whose vectors hold something",
+                parameter="column",
+                value=name,
+            )
         return VectorColumn(name=name, field_id=_leaf_id(self._dataset, name), type=kind, dim=dim)
 
     def fragments(self, column: VectorColumn) -> list[FragmentState]:
         """Return the state of every fragment, in the dataset's order."""
-        states = []
-        for fragment in self._dataset.get_fragments():
-            meta = fragment.metadata
-            states.append(
-                FragmentState(
-                    fragment_id=int(meta.id),
-                    physical_rows=int(meta.physical_rows),
-                    deleted_rows=int(meta.deletion_file.num_deleted_rows) if meta.deletion_file else 0,
-                    signature=_signature(meta, column.field_id),
-                )
-            )
-        return states
+        with _lance_errors(self.uri):
+            lineage = _lineage(self._dataset, column.field_id)
+            return [self._state(fragment.metadata, column, lineage) for fragment in self._dataset.get_fragments()]
 
     def live_offsets(self, fragment_id: int) -> Int64Array:
         """Return the physical offsets of a fragment's live rows, int64 ``(live,)``, increasing."""
-        scanner = self._dataset.scanner(
-            columns=[], with_row_address=True, fragments=[self._fragment(fragment_id)], scan_in_order=True
-        )
-        addresses = scanner.to_table()[_ADDRESS_COLUMN].to_numpy()
+        with _lance_errors(self.uri):
+            scanner = self._dataset.scanner(
+                columns=[], with_row_address=True, fragments=[self._fragment(fragment_id)], scan_in_order=True
+            )
+            addresses = scanner.to_table()[_ADDRESS_COLUMN].to_numpy()
         return np.sort((addresses & _OFFSET_MASK).astype(np.int64))
 
     def row_ids(self, fragment_ids: Sequence[int]) -> tuple[UInt64Array, UInt64Array]:
         """Return row addresses and row ids of the live rows of some fragments, both uint64 ``(live,)``."""
-        scanner = self._dataset.scanner(
-            columns=[],
-            with_row_address=True,
-            with_row_id=True,
-            fragments=[self._fragment(i) for i in fragment_ids],
-            scan_in_order=True,
-        )
-        table = scanner.to_table()
+        with _lance_errors(self.uri):
+            scanner = self._dataset.scanner(
+                columns=[],
+                with_row_address=True,
+                with_row_id=True,
+                fragments=[self._fragment(i) for i in fragment_ids],
+                scan_in_order=True,
+            )
+            table = scanner.to_table()
         return table[_ADDRESS_COLUMN].to_numpy(), table[ROW_ID_COLUMN].to_numpy()
 
     def blocks(self, column: VectorColumn, fragment_ids: Sequence[int], metric: Metric) -> Generator[Block, None, None]:
@@ -276,21 +293,22 @@ class PinnedDataset:
             If rows of a list column differ in length.
         """
         rows = _BATCH_BYTES // max(column.stored_row_bytes, 1)
-        scanner = self._dataset.scanner(
-            columns=[column.name],
-            fragments=[self._fragment(i) for i in fragment_ids],
-            with_row_address=True,
-            with_row_id=self.stable_row_ids,
-            scan_in_order=True,
-            batch_size=min(max(rows, _MIN_BATCH_ROWS), _MAX_BATCH_ROWS),
-            io_buffer_size=_IO_BUFFER_BYTES,
-            batch_readahead=2,
-            fragment_readahead=1,
-        )
-        # Closed by hand: a scan that is given up half-way would go on reading ahead behind our back.
-        with scanner.to_reader() as reader:
-            for batch in reader:
-                yield from _decode_batch(batch, column, metric)
+        with _lance_errors(self.uri):
+            scanner = self._dataset.scanner(
+                columns=[column.name],
+                fragments=[self._fragment(i) for i in fragment_ids],
+                with_row_address=True,
+                with_row_id=self.stable_row_ids,
+                scan_in_order=True,
+                batch_size=min(max(rows, _MIN_BATCH_ROWS), _MAX_BATCH_ROWS),
+                io_buffer_size=_IO_BUFFER_BYTES,
+                batch_readahead=2,
+                fragment_readahead=1,
+            )
+            # Closed by hand: a scan that is given up half-way would go on reading ahead behind our back.
+            with scanner.to_reader() as reader:
+                for batch in reader:
+                    yield from _decode_batch(batch, column, metric)
 
     def sample(self, column: VectorColumn, rows: int, metric: Metric, seed: int) -> Sample:
         """Draw usable rows in random blocks of neighbours over all fragments, sorted by place.
@@ -392,25 +410,36 @@ class PinnedDataset:
             If the commit failed otherwise.
         """
         key = POINTER_PREFIX + name
-        # A fresh handle: the compare-and-set needs the transactions since the version it read.
-        fresh = self._fresh()
-        found = fresh.metadata.get(key)
-        if found != expected:
-            raise _conflict(name, ours, found)
-        try:
-            fresh.update_metadata({key: value})
-        except OSError as exc:
-            if "ncompatible transaction" in str(exc) or "conflict" in str(exc).lower():
-                raise _conflict(name, ours, self._fresh().metadata.get(key)) from exc
-            if isinstance(exc, PermissionError) or "ermission denied" in str(exc) or "ead-only" in str(exc):
-                raise ReadOnlyStorage(
-                    f"cannot write to the dataset at {self.uri}: {_first_line(exc)}",
-                    remedy="Pass index_uri=... naming a place that can be written",
-                    location=self.uri,
-                ) from exc
-            raise StorageError(
-                f"Lance could not commit the index to {self.uri}: {_first_line(exc)}", location=self.uri
-            ) from exc
+        for attempt in range(1, _COMMIT_ATTEMPTS + 1):
+            # A fresh handle: the compare-and-set needs the transactions since the version it read.
+            fresh = self._fresh()
+            found = fresh.metadata.get(key)
+            if found != expected:
+                raise _conflict(name, ours, found)
+            try:
+                fresh.update_metadata({key: value})
+            except (OSError, RuntimeError, ValueError) as exc:
+                # The message does not tell who was faster, and at what: the pointer does.
+                found = self._fresh().metadata.get(key)
+                if found is not None and found == value:
+                    return  # committed, and only the answer was lost
+                if found != expected:
+                    raise _conflict(name, ours, found) from exc
+                if isinstance(exc, PermissionError) or _REFUSED.search(str(exc)):
+                    raise ReadOnlyStorage(
+                        f"cannot write to the dataset at {self.uri}: {_first_line(exc)}",
+                        remedy="Pass index_uri=... naming a place that can be written",
+                        location=self.uri,
+                    ) from exc
+                said = str(exc).lower()
+                if attempt == _COMMIT_ATTEMPTS or not ("conflict" in said or "incompatible transaction" in said):
+                    raise StorageError(
+                        f"Lance could not commit the index to {self.uri}: {_first_line(exc)}",
+                        remedy="Run again with resume=True",
+                        location=self.uri,
+                    ) from exc
+            else:
+                return
 
     def latest(self) -> PinnedDataset:
         """Pin the newest version."""
@@ -429,15 +458,40 @@ class PinnedDataset:
             LocalStore(local / "_versions").check_writable()
 
     def _fresh(self) -> LanceDataset:
-        fresh = self._dataset.checkout_version(self.version)
-        move_to_latest(fresh)
+        with _lance_errors(self.uri):
+            fresh = self._dataset.checkout_version(self.version)
+            move_to_latest(fresh)
         return fresh
+
+    def _state(self, meta: Any, column: VectorColumn, lineage: Sequence[int]) -> FragmentState:
+        signature = _signature(meta, lineage)
+        if not signature.files and meta.physical_rows and self._holds_values(int(meta.id), column):
+            raise UnsupportedColumn(
+                f"fragment {meta.id} of {self.uri} holds values of column {column.name!r} in no file that names its"
+                f" field {column.field_id}: a change of them could not be noticed",
+                remedy="Write the column anew, or index another one",
+                parameter="column",
+                value=column.name,
+            )
+        return FragmentState(
+            fragment_id=int(meta.id),
+            physical_rows=int(meta.physical_rows),
+            deleted_rows=int(meta.deletion_file.num_deleted_rows) if meta.deletion_file else 0,
+            signature=signature,
+        )
+
+    def _holds_values(self, fragment_id: int, column: VectorColumn) -> bool:
+        """Tell whether a fragment has a vector; without a file it has none, as after an append without the column."""
+        scanner = self._dataset.scanner(columns=[column.name], fragments=[self._fragment(fragment_id)])
+        with scanner.to_reader() as reader:
+            return any(batch.column(0).null_count < len(batch) for batch in reader)
 
     def _fragment(self, fragment_id: int) -> Any:
         return self._dataset.get_fragment(fragment_id)
 
     def _take(self, column: VectorColumn, rows: Int64Array) -> pa.Array:
-        table = self._dataset.take(rows, columns=[column.name])
+        with _lance_errors(self.uri):
+            table = self._dataset.take(rows, columns=[column.name])
         array = table.column(0).combine_chunks()
         for part in column.name.split(".")[1:] if pa.types.is_struct(array.type) else []:
             array = _struct_child(array, part)
@@ -457,11 +511,12 @@ class PinnedDataset:
 
     def _list_length(self, name: str) -> int:
         # No filter: a name that is no SQL identifier would have to be quoted in one.
-        scanner = self._dataset.scanner(columns=[name], batch_size=_MIN_BATCH_ROWS, io_buffer_size=_IO_BUFFER_BYTES)
-        for batch in scanner.to_batches():
-            present = batch.column(0).drop_null()
-            if len(present):
-                return len(present[0])
+        with _lance_errors(self.uri):
+            scanner = self._dataset.scanner(columns=[name], batch_size=_MIN_BATCH_ROWS, io_buffer_size=_IO_BUFFER_BYTES)
+            for batch in scanner.to_batches():
+                lengths = np.asarray(batch.column(0).value_lengths().fill_null(0))
+                if lengths.any():
+                    return int(lengths[lengths > 0][0])
         raise InsufficientData(
             f"column {name!r} holds no vector to tell the dimension by",
             remedy="Write vectors first, or use a FixedSizeList column",
@@ -520,18 +575,35 @@ def _sample_rows(total: int, rows: int, row_bytes: int, seed: int) -> Int64Array
     return cast("Int64Array", numbers[numbers < total][:rows].astype(np.int64))
 
 
-def _signature(meta: Any, field_id: int) -> FragmentSignature:
-    files = []
-    for data_file in meta.files:
-        for field, index in zip(data_file.fields, data_file.column_indices, strict=True):
-            if field == field_id:
-                files.append((str(data_file.path), int(index)))
+def _signature(meta: Any, lineage: Sequence[int]) -> FragmentSignature:
+    """Return the files of the first field of a lineage (leaf first) that has any, and all overlays."""
+    files: list[tuple[str, int]] = []
+    for field_id in lineage:
+        for data_file in meta.files:
+            # Files of the legacy format do not say which column holds a field; documents allow no negative one.
+            indices = data_file.column_indices or [0] * len(data_file.fields)
+            for field, index in zip(data_file.fields, indices, strict=True):
+                if field == field_id:
+                    files.append((str(data_file.path), int(index)))
+        if files:
+            break
     overlays = [
         f"{overlay.data_file.path}@{getattr(overlay, 'committed_version', '')}"
         for overlay in (meta.overlays or [])
-        if field_id in overlay.data_file.fields
+        if not set(lineage).isdisjoint(overlay.data_file.fields)
     ]
     return FragmentSignature(files=tuple(sorted(files)), overlays=tuple(sorted(overlays)))
+
+
+def _lineage(dataset: LanceDataset, field_id: int) -> list[int]:
+    """Return a field's id and those of its ancestors, leaf first: a packed struct's files name only the struct."""
+    waiting = [(field, [int(field.id())]) for field in dataset.lance_schema.fields()]
+    while waiting:
+        field, ids = waiting.pop()
+        if ids[0] == field_id:
+            return ids
+        waiting += [(child, [int(child.id()), *ids]) for child in field.children()]
+    return [field_id]
 
 
 def _leaf_id(dataset: LanceDataset, name: str) -> int:
@@ -607,6 +679,21 @@ def _conflict(name: str, ours: str, found: str | None) -> CommitConflict:
         ours=ours,
         theirs=theirs,
     )
+
+
+@contextmanager
+def _lance_errors(uri: str) -> Iterator[None]:
+    """Translate what Lance raises, a text from Rust under any class, into a `StorageError`."""
+    try:
+        yield
+    except DfaissError:
+        raise
+    except (OSError, ValueError, RuntimeError) as exc:
+        raise StorageError(
+            f"Lance could not read {uri}: {_first_line(exc)}",
+            remedy="Check that the dataset is complete and can be reached, and that this version was not removed",
+            location=uri,
+        ) from exc
 
 
 def _first_line(exc: BaseException) -> str:

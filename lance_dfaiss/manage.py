@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .errors import CorruptIndex, DatasetChanged
 from .lance_io import LanceDataset, PinnedDataset, move_to_latest, open_dataset
 from .manifest import FileEntry, Manifest, Pointer, decode_model_record
-from .pointers import find_pointer, find_text, pointer_texts, publish
+from .pointers import find_pointer, find_stored, publish, stored_pointers
 from .progress import PhaseMeter, Progress, SilentProgress
 from .search.load import Generation, read_generation
 from .search.resolve import resolve_generation
@@ -69,7 +69,7 @@ def list_indices(
         For a dataset given by URI.
     """
     pinned = PinnedDataset(open_dataset(dataset, storage_options=storage_options))
-    return list(pointer_texts(pinned, index_uri))
+    return list(stored_pointers(pinned, index_uri))
 
 
 def describe_index(
@@ -198,8 +198,8 @@ def drop_index(
     """
     handle = open_dataset(dataset, storage_options=storage_options)
     newest = PinnedDataset(handle).latest()
-    _, text = find_text(newest, name, index_uri)
-    publish(newest, name, None, expected=text, index_uri=index_uri)
+    stored = find_stored(newest, name, index_uri)
+    publish(newest, name, None, previous=stored, index_uri=index_uri)
     move_to_latest(handle)
     return handle
 

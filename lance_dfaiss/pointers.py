@@ -2,15 +2,28 @@
 
 Normally that is the dataset's table metadata: Lance's commit makes it a compare-and-set that is
 versioned with the data. For a dataset that cannot be written, the pointer lies beside the
-generations under ``index_uri``, as numbered files that are created and never changed.
+generations under ``index_uri``, as numbered files that are created and never changed. Once an index
+has such files for a dataset, they are what counts for whoever names that ``index_uri``; an empty one
+says that the index was dropped.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
 
-from .errors import CommitConflict, IndexNotFound, ReadOnlyStorage, StorageError, UntrustedLocation
+from .errors import (
+    CommitConflict,
+    IndexNotFound,
+    InvalidArgument,
+    ReadOnlyStorage,
+    StorageError,
+    UntrustedLocation,
+)
 from .lance_io import PinnedDataset
 from .manifest import Pointer
 from .storage import Store, open_store
@@ -19,11 +32,13 @@ from .types import POINTER_PREFIX
 __all__ = [
     "IN_DATASET",
     "FoundPointer",
+    "StoredPointer",
+    "absolute_location",
     "find_pointer",
-    "find_text",
+    "find_stored",
     "generation_store",
-    "pointer_texts",
     "publish",
+    "stored_pointers",
 ]
 
 IN_DATASET = "dataset"
@@ -34,42 +49,94 @@ _FOLDER_CHARACTERS = 200
 _MAX_POINTER_BYTES = 64 * 1024
 
 
+# Their URLs name the container where others have the user: abfss://container@account.
+_CONTAINER_SCHEMES = ("abfs", "abfss", "wasb", "wasbs")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FoundPointer:
-    """A pointer and the exact text it was read from.
+class StoredPointer:
+    """A pointer as stored, perhaps damaged or of a newer format.
 
     Parameters
     ----------
     name : str
         Index name.
-    pointer : Pointer
-        Decoded.
     text : str
         As stored; what a replacement is compared with.
+    origin : str
+        Where it was read: ``"metadata"`` of the dataset or a ``"file"`` under ``index_uri``.
     """
 
     name: str
-    pointer: Pointer
     text: str
+    origin: Literal["metadata", "file"]
 
 
-def pointer_texts(pinned: PinnedDataset, index_uri: str | None = None) -> dict[str, str]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundPointer(StoredPointer):
+    """A pointer, the exact text it was read from, and where.
+
+    Parameters
+    ----------
+    pointer : Pointer
+        Decoded.
+    """
+
+    pointer: Pointer
+
+
+def absolute_location(uri: str) -> str:
+    """Return a place for indexes as it is stored and compared: an absolute path, or a URL.
+
+    Parameters
+    ----------
+    uri : str
+        Path, relative ones from the working directory; ``file://`` URL; or any other URL.
+
+    Raises
+    ------
+    InvalidArgument
+        If it holds a user or password: it would be stored for every reader of the dataset to see.
+    """
+    if not uri or "::" in uri:
+        return uri  # refused by whoever opens it
+    if "://" not in uri:
+        return os.path.abspath(uri)
+    parts = urlsplit(uri)
+    user, _, host = parts.netloc.rpartition("@")
+    if user and (parts.scheme not in _CONTAINER_SCHEMES or ":" in user):
+        raise InvalidArgument(
+            f"the location {parts.scheme}://{host}{parts.path} was given with a user or password in it",
+            remedy="Pass them in storage_options or the environment: a location is stored with the index",
+            parameter="index_uri",
+            value=f"{parts.scheme}://{host}{parts.path}",
+        )
+    if parts.scheme in ("file", "local"):
+        return os.path.abspath(open_store(uri).location)
+    return uri.rstrip("/")
+
+
+def stored_pointers(pinned: PinnedDataset, index_uri: str | None = None) -> dict[str, StoredPointer]:
     """Return the pointers of all indexes of a dataset version as stored, by name.
 
     They are not decoded: one that is damaged or of a newer format hides no other, and can be dropped.
+    Those under ``index_uri`` go before those in the dataset.
     """
-    found = {
-        key.removeprefix(POINTER_PREFIX): text
-        for key, text in pinned.metadata.items()
-        if key.startswith(POINTER_PREFIX)
-    }
+    found: dict[str, StoredPointer] = {}
+    for key, text in pinned.metadata.items():
+        if key.startswith(POINTER_PREFIX):
+            name = key.removeprefix(POINTER_PREFIX)
+            found[name] = StoredPointer(name=name, text=text, origin="metadata")
     if index_uri is not None:
-        store = open_store(index_uri)
-        folders = {file.name.rpartition("/")[0].removeprefix(f"{_FOLDER}/") for file in store.list(_FOLDER)}
-        for encoded in folders:
-            text = _latest_file(store, encoded)[1]
-            if text is not None:
-                found[bytes.fromhex(encoded.replace("_/", "")).decode()] = text
+        store = open_store(absolute_location(index_uri))
+        base = _base(pinned)
+        for folder in {file.name.rpartition("/")[0] for file in store.list(base)}:
+            name = bytes.fromhex(folder.removeprefix(f"{base}/").replace("_/", "")).decode()
+            file_text = _latest_file(store, folder)[1]
+            if file_text is None:
+                found.pop(name, None)
+            else:
+                found[name] = StoredPointer(name=name, text=file_text, origin="file")
     return dict(sorted(found.items()))
 
 
@@ -92,18 +159,27 @@ def find_pointer(pinned: PinnedDataset, name: str | None, index_uri: str | None 
     CorruptIndex
         If the pointer itself is damaged, or of a newer format.
     """
-    name, text = find_text(pinned, name, index_uri)
-    return FoundPointer(name=name, pointer=Pointer.from_text(text, location=_location(pinned, name)), text=text)
+    stored = find_stored(pinned, name, index_uri)
+    if stored.origin == "file":
+        location = f"pointer of index {stored.name!r} under {index_uri}"
+    else:
+        location = f"{pinned.uri} (metadata key {POINTER_PREFIX}{stored.name})"
+    return FoundPointer(
+        name=stored.name,
+        pointer=Pointer.from_text(stored.text, location=location),
+        text=stored.text,
+        origin=stored.origin,
+    )
 
 
-def find_text(pinned: PinnedDataset, name: str | None, index_uri: str | None = None) -> tuple[str, str]:
-    """Return the name and the stored pointer of one index, not decoded; see `find_pointer`."""
-    found = pointer_texts(pinned, index_uri)
+def find_stored(pinned: PinnedDataset, name: str | None, index_uri: str | None = None) -> StoredPointer:
+    """Return the stored pointer of one index, not decoded; see `find_pointer`."""
+    found = stored_pointers(pinned, index_uri)
     names = tuple(found)
     if name is None and len(found) == 1:
-        return names[0], found[names[0]]
+        return found[names[0]]
     if name is not None and name in found:
-        return name, found[name]
+        return found[name]
     wanted = "which index to use was not said" if name is None else f"there is no index {name!r}"
     remedy = f"It has {', '.join(map(repr, names))}" if names else "It has none: build one with create_index"
     raise IndexNotFound(
@@ -121,19 +197,28 @@ def generation_store(pinned: PinnedDataset, pointer: Pointer, allowed: Sequence[
     """
     if pointer.where == IN_DATASET:
         return pinned.session_store()
-    if not any(_is_under(pointer.where, prefix) for prefix in allowed):
+    where = absolute_location(pointer.where)
+    if not any(_is_under(where, absolute_location(prefix)) for prefix in allowed):
         raise UntrustedLocation(
             f"the index lies outside the dataset, at {pointer.where}",
             remedy=f"If you trust it, pass allowed_index_uris=[{pointer.where!r}]",
             location=pointer.where,
         )
-    return open_store(pointer.where)
+    return open_store(where)
 
 
 def publish(
-    pinned: PinnedDataset, name: str, pointer: Pointer | None, *, expected: str | None, index_uri: str | None
+    pinned: PinnedDataset,
+    name: str,
+    pointer: Pointer | None,
+    *,
+    previous: StoredPointer | None,
+    index_uri: str | None,
 ) -> None:
     """Make a generation current, if the pointer is still what the builder saw.
+
+    A pointer is replaced where it was found. A new one goes to the dataset, or under ``index_uri``
+    when the dataset cannot be written.
 
     Parameters
     ----------
@@ -143,8 +228,8 @@ def publish(
         Index name.
     pointer : Pointer or None
         New pointer; None drops the index.
-    expected : str or None
-        Text of the pointer when the builder began; None for none.
+    previous : StoredPointer or None
+        Pointer when the builder began; None for none.
     index_uri : str or None
         Holds the pointer when the dataset cannot be written.
 
@@ -157,21 +242,36 @@ def publish(
     """
     text = None if pointer is None else pointer.to_text()
     ours = "(drop)" if pointer is None else pointer.generation
-    if index_uri is None or _writable(pinned):
+    in_metadata = previous is None or previous.origin == "metadata"
+    expected = None if previous is None else previous.text
+    if index_uri is None:
         pinned.commit_pointer(name, expected, text, ours=ours)
         return
-    store = open_store(index_uri)
-    encoded = _encoded(name)
-    number, found = _latest_file(store, encoded)
+    store = open_store(absolute_location(index_uri))
+    folder = f"{_base(pinned)}/{_encoded(name)}"
+    number, found = _latest_file(store, folder)
+    if in_metadata and number == 0:
+        try:
+            pinned.check_writable()
+            pinned.commit_pointer(name, expected, text, ours=ours)
+            return
+        except ReadOnlyStorage:
+            expected = None  # of the file: there is none
     if found != expected:
         raise _lost(name, ours, found)
     try:
-        store.write(f"{_FOLDER}/{encoded}/{number + 1:08d}.json", (text or "").encode())
+        store.write(f"{folder}/{number + 1:08d}.json", (text or "").encode())
     except StorageError as exc:
-        found = _latest_file(store, encoded)[1]
+        found = _latest_file(store, folder)[1]
         if found != expected:
             raise _lost(name, ours, found) from exc
         raise
+
+
+def _base(pinned: PinnedDataset) -> str:
+    """Return the folder of a dataset's pointers: other datasets may have theirs in the same place."""
+    root = pinned.root if "://" in pinned.root else os.path.abspath(pinned.root)
+    return f"{_FOLDER}/{hashlib.sha256(root.encode()).hexdigest()[:16]}"
 
 
 def _encoded(name: str) -> str:
@@ -183,8 +283,9 @@ def _encoded(name: str) -> str:
     return "_/".join(digits[start : start + _FOLDER_CHARACTERS] for start in range(0, len(digits), _FOLDER_CHARACTERS))
 
 
-def _latest_file(store: Store, encoded: str) -> tuple[int, str | None]:
-    files = store.list(f"{_FOLDER}/{encoded}")
+def _latest_file(store: Store, folder: str) -> tuple[int, str | None]:
+    """Return the number and the text of the newest file; 0 for none, no text for a dropped index."""
+    files = store.list(folder)
     if not files:
         return 0, None
     newest = files[-1].name
@@ -192,21 +293,9 @@ def _latest_file(store: Store, encoded: str) -> tuple[int, str | None]:
     return int(newest.rpartition("/")[2].removesuffix(".json")), text or None
 
 
-def _writable(pinned: PinnedDataset) -> bool:
-    try:
-        pinned.check_writable()
-    except ReadOnlyStorage:
-        return False
-    return True
-
-
 def _is_under(uri: str, prefix: str) -> bool:
     base = prefix.rstrip("/")
     return ".." not in uri.split("/") and (uri.rstrip("/") == base or uri.startswith(base + "/"))
-
-
-def _location(pinned: PinnedDataset, name: str) -> str:
-    return f"{pinned.uri} (metadata key {POINTER_PREFIX}{name})"
 
 
 def _lost(name: str, ours: str, found: str | None) -> CommitConflict:

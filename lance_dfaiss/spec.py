@@ -8,6 +8,7 @@ turns an `IndexSpec` into a `ResolvedSpec`: the one that is stored.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -103,8 +104,8 @@ class IndexSpec:
         _choice("coarse", self.coarse, COARSE)
         _choice("refine", self.refine, (*REFINES, "auto", None))
         for parameter in ("num_partitions", "num_sub_vectors", "num_bits"):
-            _positive(parameter, getattr(self, parameter), optional=True)
-        _positive("sample_rate", self.sample_rate)
+            _positive(self, parameter, optional=True)
+        _positive(self, "sample_rate")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
             raise InvalidArgument(
                 f"seed must be a whole number from 0 to 2**31 - 1, not {self.seed!r}", parameter="seed", value=self.seed
@@ -223,9 +224,9 @@ class BuildOptions:
     progress: Progress = field(default_factory=SilentProgress, compare=False)
 
     def __post_init__(self) -> None:
-        _positive("num_shards", self.num_shards, optional=True)
-        _positive("num_workers", self.num_workers)
-        _positive("memory_budget_bytes", self.memory_budget_bytes, optional=True)
+        _positive(self, "num_shards", optional=True)
+        _positive(self, "num_workers")
+        _positive(self, "memory_budget_bytes", optional=True)
         _choice("on_invalid", self.on_invalid, ("skip", "error"))
         number = isinstance(self.min_recall, (int, float)) and not isinstance(self.min_recall, bool)
         if self.min_recall is not None and not (number and 0 <= self.min_recall <= 1):
@@ -256,7 +257,7 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         for parameter in ("nprobe", "ef", "k_factor"):
-            _positive(parameter, getattr(self, parameter), optional=True)
+            _positive(self, parameter, optional=True)
 
 
 def check_index_name(name: str) -> str:
@@ -298,10 +299,13 @@ def _choice(parameter: str, value: Any, allowed: tuple[_T, ...]) -> _T:
     return value  # type: ignore[no-any-return]
 
 
-def _positive(parameter: str, value: Any, *, optional: bool = False) -> None:
+def _positive(options: object, parameter: str, *, optional: bool = False) -> None:
+    value = getattr(options, parameter)
     if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise InvalidArgument(
             f"{parameter} must be a whole number of at least 1, not {value!r}", parameter=parameter, value=value
         )
+    # numpy's integers are welcome, but wrap around and cannot be written as JSON.
+    object.__setattr__(options, parameter, int(value))

@@ -24,7 +24,7 @@ from ..manifest import (
     encode,
 )
 from ..plan import FragmentState
-from ..pointers import IN_DATASET, publish
+from ..pointers import IN_DATASET, FoundPointer, absolute_location, publish
 from ..search.snapshot import fragments_to_read, revived_fragments
 from ..storage import Store, digest_bytes, write_document
 from .train import TrainedModel
@@ -160,7 +160,7 @@ def publish_manifest(
     *,
     pinned: PinnedDataset,
     store: Store,
-    previous: tuple[str, str] | None,
+    previous: FoundPointer | None,
     index_uri: str | None,
 ) -> None:
     """Write the manifest and make its generation current.
@@ -173,8 +173,8 @@ def publish_manifest(
         Dataset to commit to.
     store : Store
         Where generations lie.
-    previous : tuple of (str, str) or None
-        Generation and text of the pointer that the build started from.
+    previous : FoundPointer or None
+        The pointer that the build started from.
     index_uri : str or None
         Where generations lie, if not in the dataset.
 
@@ -195,17 +195,17 @@ def publish_manifest(
     reference = write_document(store, name, encode(manifest))
     pointer = Pointer(
         generation=manifest.generation,
-        where=IN_DATASET if index_uri is None else index_uri,
+        where=IN_DATASET if index_uri is None else absolute_location(index_uri),
         root=pinned.root,
         manifest=reference,
-        previous=None if previous is None else previous[0],
+        previous=None if previous is None else previous.pointer.generation,
     )
     try:
         publish(
             pinned,
             manifest.name,
             pointer,
-            expected=None if previous is None else previous[1],
+            previous=previous,
             index_uri=index_uri,
         )
     except CommitConflict:

@@ -35,7 +35,7 @@ from ..manifest import (
     encode,
 )
 from ..plan import Estimate, RowCost, estimate, plan_tasks, resolve_spec, sample_rows
-from ..pointers import FoundPointer, find_pointer, pointer_texts
+from ..pointers import FoundPointer, find_pointer, stored_pointers
 from ..progress import PhaseMeter, Progress, SilentProgress
 from ..spec import BuildOptions, IndexSpec
 from ..storage import MAX_DOCUMENT_BYTES, Store, open_store
@@ -379,7 +379,7 @@ def _phases(planned: PlannedBuild, plan: BuildPlan, pinned: PinnedDataset) -> Ma
         manifest,
         pinned=pinned,
         store=store,
-        previous=None if planned.previous is None else (planned.previous.pointer.generation, planned.previous.text),
+        previous=planned.previous,
         index_uri=planned.options.index_uri,
     )
     meter.finish()
@@ -481,7 +481,7 @@ def _signatures(plan: BuildPlan) -> dict[int, object]:
 
 def _previous(pinned: PinnedDataset, spec: IndexSpec, options: BuildOptions) -> FoundPointer | None:
     newest = pinned.latest()
-    if spec.name not in pointer_texts(newest, options.index_uri):
+    if spec.name not in stored_pointers(newest, options.index_uri):
         return None
     if not options.replace:
         raise IndexExists(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,10 @@ _BLAS_QUERIES = 20
 # Results taken beyond k before such distances are computed again, so that rounding at the border
 # of the first k pushes nothing out.
 _BLAS_SPARE = 8
+
+# FAISS multiplies k by k_factor as float32 and refuses less than k: above 2**24 that could round down.
+# Below 2**21 the product ends up as the same whole number.
+_ROUNDED_UP = 1 + 2**-22
 
 # Kinds of search parameters kept ready per segment; a server sees a handful.
 _PARAMETER_CACHE = 64
@@ -128,7 +132,8 @@ class Segment:
         k : int
             Results per query.
         nprobe, ef, k_factor : int
-            Search widths; those that the type does not know are ignored.
+            Search widths; those that the type does not know are ignored. Of any size: beyond the positions
+            there is nothing more to look at.
         mask : Mask, optional
             Positions that may be returned.
 
@@ -138,7 +143,11 @@ class Segment:
             Raw distances float32 and positions int64, both ``(n_queries, k)``, best first, -1 for
             missing. Under l2 squared distances; otherwise similarities, largest first.
         """
-        params = self._params(nprobe, max(ef, k * k_factor), k_factor, mask)
+        reach = k * k_factor
+        if reach > self.positions:
+            # FAISS makes room for all of it, and its floats and ints end long before ours.
+            reach, k_factor = max(k, self.positions), max(-(-self.positions // k), 1)
+        params = self._params(nprobe, min(max(ef, reach), max(k, self.positions)), k_factor, mask)
         if self._rescored and len(queries) >= _BLAS_QUERIES:
             return self._search_rescored(queries, k, params)
         # Straight to the C++ method: FAISS's own wrapper checks again what is known here.
@@ -230,12 +239,15 @@ class Segment:
         return np.take_along_axis(distances, order, axis=1), np.take_along_axis(positions, order, axis=1)
 
     def _params(self, nprobe: int, ef: int, k_factor: int, mask: Mask | None) -> Any:
+        # Threads share this without a lock. Each step is one dictionary operation, and those are atomic; what
+        # was found is held by this call, whoever clears the dictionary meanwhile, and FAISS only reads it. The
+        # worst that a race does is to make the same parameters twice, or to drop some that are made again.
         key = (nprobe, ef, k_factor, id(mask))
         found = self._parameters.get(key)
         if found is None:
             params = _base_params(self._base, nprobe, ef, mask)
             if self._refine is not None:
-                params = faiss.IndexRefineSearchParameters(k_factor=float(k_factor), base_index_params=params)
+                params = faiss.IndexRefineSearchParameters(k_factor=k_factor * _ROUNDED_UP, base_index_params=params)
             if len(self._parameters) >= _PARAMETER_CACHE:
                 self._parameters.clear()
             # The mask is kept with its parameters, so that its id cannot be given to another one.
@@ -259,40 +271,50 @@ class Segment:
         return finals
 
 
-def merge_shards(model: Model, shards: Sequence[tuple[Any, Any | None, int]]) -> list[tuple[int, Segment]]:
+def merge_shards(
+    model: Model, shards: Iterable[tuple[Any, Any | None, int]], *, positions: int = 0
+) -> list[tuple[int, Segment]]:
     """Merge loaded shards into as few segments as their type allows.
+
+    Each shard is let go before the next one is asked for, so an iterator that loads them needs room for the
+    merged index and one shard.
 
     Parameters
     ----------
     model : Model
         Model of the generation.
-    shards : sequence of (faiss.Index, faiss.Index or None, int)
-        Searchable part, refine store and positions of each; consumed.
+    shards : iterable of (faiss.Index, faiss.Index or None, int)
+        Searchable part, refine store and positions of each, at least one; consumed.
+    positions : int
+        Positions of all shards together, to make room once; 0 when that is not known.
 
     Returns
     -------
     list of (int, Segment)
         First position and segment; one segment where the type merges, else one per shard.
     """
-    firsts = np.concatenate(([0], np.cumsum([rows for _, _, rows in shards], dtype=np.int64))).tolist()
-    total = firsts.pop()
+    first = 0
     if not model.capability.mergeable:
-        return [
-            (first, Segment(model, base, refine, rows))
-            for first, (base, refine, rows) in zip(firsts, shards, strict=True)
-        ]
-    base, refine, _ = shards[0]
-    _reserve(base, total)
-    _reserve(refine, total)
-    for first, (other, other_refine, _) in zip(firsts[1:], shards[1:], strict=True):
+        segments = []
+        for base, refine, rows in shards:
+            segments.append((first, Segment(model, base, refine, rows)))
+            first += rows
+        return segments
+    source = iter(shards)
+    base, refine, first = next(source)
+    _reserve(base, positions)
+    _reserve(refine, positions)
+    for other, other_refine, rows in source:
         _move_whole_blocks(base, other, first)
         base.merge_from(other, first if ivf_of(base) is not None else 0)
         if refine is not None:
             refine.merge_from(other_refine, 0)
+        first += rows
+        del other, other_refine  # before the next one is loaded
     ivf = ivf_of(base)
     if isinstance(ivf, faiss.IndexIVFPQ):
         ivf.precompute_table()
-    return [(0, Segment(model, base, refine, total))]
+    return [(0, Segment(model, base, refine, first))]
 
 
 def _move_whole_blocks(base: Any, other: Any, first: int) -> None:
@@ -327,8 +349,8 @@ def _reserve(store: Any | None, rows: int) -> None:
     """Take a flat code table's memory in one piece, so that merging never doubles it."""
     if store is None or not hasattr(store, "codes"):
         return
-    used = store.codes.size()
-    store.codes.resize(rows * int(store.sa_code_size()))
+    used = int(store.codes.size())
+    store.codes.resize(max(rows * int(store.sa_code_size()), used))
     store.codes.resize(used)
 
 

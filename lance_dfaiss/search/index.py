@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from ..engine import Mask, Segment, prepare
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, StorageError
 from ..lance_io import LanceDataset, PinnedDataset, open_dataset
 from ..manifest import Manifest, SkipCounts
 from ..merge import merge_topk, order_ties
@@ -42,6 +43,12 @@ _log = logging.getLogger(__name__)
 _FALLBACK_NPROBE = 32
 _FALLBACK_EF = 64
 _FALLBACK_K_FACTOR = 8
+
+# Results of one call over all its queries: 24 GiB of distances and row ids.
+_MAX_RESULTS = 2**31
+
+# Columns that an answer has anyway.
+_OWN_COLUMNS = (ROW_ID_COLUMN, DISTANCE_COLUMN)
 
 
 class _Widths(NamedTuple):
@@ -74,7 +81,8 @@ class IndexStats:
     shards, segments : int
         Shards stored, and FAISS indexes they became in RAM.
     ram_bytes : int
-        Codes, ids, graph, centroids, masks and row-id runs.
+        Codes, ids, graph, centroids, masks and row-id runs, once the index is open. While it opens, about
+        the largest shard is in RAM beside them, and what the allocator keeps between.
     list_imbalance : float or None
         Rows of the fullest IVF list over the mean.
     recall : float or None
@@ -175,6 +183,8 @@ class Index:
         spec = generation.manifest.spec
         self._metric: Metric = spec.metric
         self._dim = spec.dim
+        # A search inside takes no more results than there are; at least one, as FAISS wants.
+        self._most = max(snapshot.live_rows, 1)
         self._family = segments[0][1].capability.family
         self._refined = segments[0][1].has_refine
         self._defaults = _defaults(generation.manifest)
@@ -223,7 +233,7 @@ class Index:
         queries : array-like
             ``(dim,)`` or ``(n_queries, dim)``, any number type.
         k : int
-            Results per query.
+            Results per query; ``n_queries * k`` at most 2**31.
         nprobe : int, optional
             IVF lists to search; more is slower and finds more. Default: measured when the index was built,
             and all of them for a query that would get fewer than ``min(k, live rows)`` results.
@@ -247,7 +257,11 @@ class Index:
             If k or a width is out of range or means nothing to this index.
         """
         array, _ = as_queries(queries, self._dim, self._metric)
-        return self._knn(array, _checked_k(k), self._widths(nprobe, ef, k_factor))
+        k = _checked_k(k)
+        if len(array) * k > _MAX_RESULTS:
+            raise _too_many_results(len(array), k)
+        distances, row_ids = self._knn(array, k, self._widths(nprobe, ef, k_factor))
+        return (distances, row_ids) if k <= self._most else _padded(distances, row_ids, k)
 
     def search(
         self,
@@ -268,7 +282,7 @@ class Index:
         k : int
             Results per query.
         columns : sequence of str or mapping, optional
-            Columns to fetch; all by default, none for ``[]``.
+            Columns to fetch, each once, or names and SQL expressions; all by default, none for ``[]``.
         nprobe, ef, k_factor : int, optional
             As for `knn`.
 
@@ -281,14 +295,19 @@ class Index:
         Raises
         ------
         InvalidQuery, InvalidArgument
-            As for `knn`.
+            As for `knn`, though k may be any number; and if the columns are no list of different names, or
+            Lance cannot make sense of an expression.
         UnknownColumn
             If a column does not exist.
         """
         array, single = as_queries(query, self._dim, self._metric)
         widths = self._widths(nprobe, ef, k_factor)
-        distances, row_ids = self._knn(array, _checked_k(k), widths)
-        return self._table(distances, row_ids, columns, single=single)
+        wanted = _checked_columns(columns)
+        k = _checked_k(k)
+        if len(array) * min(k, self._most) > _MAX_RESULTS:
+            raise _too_many_results(len(array), k)
+        distances, row_ids = self._knn(array, k, widths)
+        return self._table(distances, row_ids, wanted, single=single)
 
     def reconstruct(self, row_ids: Any) -> Float32Array:
         """Decode the vectors of some rows, as the index holds them.
@@ -306,9 +325,9 @@ class Index:
         Raises
         ------
         InvalidArgument
-            If a row is not indexed or not live, or this index cannot decode.
+            If these are no row ids, a row is not indexed or not live, or this index cannot decode.
         """
-        wanted = np.ascontiguousarray(row_ids, dtype=np.uint64)
+        wanted = _checked_row_ids(row_ids)
         positions = self._snapshot.row_ids.positions(wanted)
         bad = (
             (positions < 0) | ~self._snapshot.live[np.maximum(positions, 0)]
@@ -356,6 +375,7 @@ class Index:
         )
 
     def _knn(self, queries: Float32Array, k: int, widths: _Widths) -> tuple[Float32Array, UInt64Array]:
+        """Return as many results as there can be: ``(n_queries, min(k, live rows))``, but one at least."""
         if self._metric == "cosine":
             queries = prepare(queries.copy(), "cosine")  # they may lie in the caller's memory
         distances, row_ids = self._scan(queries, k, widths)
@@ -370,10 +390,17 @@ class Index:
         return distances, row_ids
 
     def _scan(self, queries: Float32Array, k: int, widths: _Widths) -> tuple[Float32Array, UInt64Array]:
+        ef = max(widths.ef, k * widths.k_factor)  # as wide as the caller's k asks for, also where fewer rows are left
+        k = min(k, self._most)
         parts = []
         for first, segment, mask in self._segments:
             raw, positions = segment.search(
-                queries, k, nprobe=widths.nprobe, ef=widths.ef, k_factor=widths.k_factor, mask=mask
+                queries,
+                min(k, segment.positions),
+                nprobe=widths.nprobe,
+                ef=ef,
+                k_factor=widths.k_factor,
+                mask=mask,
             )
             # FAISS fills up with -1, always at the end of a query's results.
             missing = positions < 0 if (positions[:, -1] < 0).any() else None
@@ -429,7 +456,7 @@ class Index:
         self,
         distances: Float32Array,
         row_ids: UInt64Array,
-        columns: Sequence[str] | Mapping[str, str] | None,
+        columns: list[str] | dict[str, str] | None,
         *,
         single: bool,
     ) -> pa.Table:
@@ -437,11 +464,9 @@ class Index:
         flat_ids, flat_distances = row_ids[found], distances[found]
         arrays: list[Any] = [pa.array(flat_distances, pa.float32()), pa.array(flat_ids, pa.uint64())]
         fields = [pa.field(DISTANCE_COLUMN, pa.float32()), pa.field(ROW_ID_COLUMN, pa.uint64())]
-        if not isinstance(columns, Mapping) and columns is not None:
-            columns = [name for name in columns if name not in (ROW_ID_COLUMN, DISTANCE_COLUMN)]
         if columns is None or len(columns):
-            fetched = self._pinned.fetch(flat_ids, columns)
-            kept = [name for name in fetched.schema.names if name not in (ROW_ID_COLUMN, DISTANCE_COLUMN)]
+            fetched = self._fetch(flat_ids, columns)
+            kept = [name for name in fetched.schema.names if name not in _OWN_COLUMNS]
             arrays = [fetched.column(name) for name in kept] + arrays
             fields = [fetched.schema.field(name) for name in kept] + fields
         if not single:
@@ -449,6 +474,19 @@ class Index:
             arrays.insert(0, pa.array(query))
             fields.insert(0, pa.field(QUERY_INDEX_COLUMN, pa.int32(), nullable=False))
         return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+    def _fetch(self, row_ids: UInt64Array, columns: list[str] | dict[str, str] | None) -> pa.Table:
+        try:
+            return self._pinned.fetch(row_ids, columns)
+        except StorageError as exc:
+            if columns is None or not _is_projection_error(exc.__cause__, columns):
+                raise
+            raise InvalidArgument(
+                f"these columns cannot be fetched: {exc.message}",
+                remedy="Name columns of the dataset, or give SQL expressions over them",
+                parameter="columns",
+                value=columns,
+            ) from exc
 
 
 def _mask(snapshot: Snapshot, first: int, segment: Segment) -> Mask | None:
@@ -468,6 +506,97 @@ def _checked_k(k: int) -> int:
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
         raise InvalidArgument(f"k must be a whole number of at least 1, not {k!r}", parameter="k", value=k)
     return int(k)
+
+
+def _too_many_results(n_queries: int, k: int) -> InvalidArgument:
+    return InvalidArgument(
+        f"k={k} for {n_queries} queries makes {n_queries * k} results; one call gives {_MAX_RESULTS}",
+        remedy="Ask for a smaller k, or for fewer queries at once",
+        parameter="k",
+        value=k,
+    )
+
+
+def _padded(distances: Float32Array, row_ids: UInt64Array, k: int) -> tuple[Float32Array, UInt64Array]:
+    """Fill up to k results with missing ones."""
+    count, width = distances.shape
+    all_distances = np.full((count, k), np.inf, dtype=np.float32)
+    all_row_ids = np.full((count, k), MISSING_ROW_ID, dtype=np.uint64)
+    all_distances[:, :width], all_row_ids[:, :width] = distances, row_ids
+    return all_distances, all_row_ids
+
+
+def _checked_columns(columns: Any) -> list[str] | dict[str, str] | None:
+    """Return the columns to fetch beside those that an answer has anyway."""
+    if columns is None:
+        return None
+    if isinstance(columns, (str, bytes)) or not isinstance(columns, Iterable):
+        raise InvalidArgument(
+            f"columns must be a list of names or a mapping, not {columns!r}",
+            remedy=f"Pass a list: columns=[{columns!r}]" if isinstance(columns, str) else "Pass a list of names",
+            parameter="columns",
+            value=columns,
+        )
+    wanted = dict(columns) if isinstance(columns, Mapping) else list(columns)
+    texts = [text for item in wanted.items() for text in item] if isinstance(wanted, dict) else wanted
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidArgument(f"columns must be strings, not {wanted!r}", parameter="columns", value=wanted)
+    if isinstance(wanted, dict):
+        return _checked_expressions(wanted)
+    if len(set(wanted)) < len(wanted):
+        twice = next(name for name in wanted if wanted.count(name) > 1)
+        raise InvalidArgument(
+            f"columns names {twice!r} more than once", remedy="Name it once", parameter="columns", value=wanted
+        )
+    return [name for name in wanted if name not in _OWN_COLUMNS]
+
+
+def _checked_expressions(wanted: dict[str, str]) -> dict[str, str]:
+    taken = [name for name in _OWN_COLUMNS if wanted.get(name, name) != name]
+    if taken:
+        raise InvalidArgument(
+            f"columns makes a column {taken[0]!r}, and the answer has one of that name",
+            remedy="Give it another name",
+            parameter="columns",
+            value=wanted,
+        )
+    return {name: expression for name, expression in wanted.items() if name not in _OWN_COLUMNS}
+
+
+def _is_projection_error(cause: BaseException | None, columns: list[str] | dict[str, str]) -> bool:
+    """Tell whether Lance refused the columns, or failed to compute an expression, rather than to read."""
+    if not isinstance(cause, ValueError):
+        return False
+    # Lance raises one class for all of it; only its words tell a division by zero from a missing file.
+    return "Invalid user input" in str(cause) or (isinstance(columns, dict) and "LanceError(Arrow)" in str(cause))
+
+
+def _checked_row_ids(row_ids: Any) -> UInt64Array:
+    """Return row ids as uint64 ``(n,)``."""
+    given = np.asarray(row_ids) if hasattr(row_ids, "dtype") else np.asarray(row_ids, dtype=object)
+    if given.ndim > 1:
+        raise InvalidArgument(
+            f"row_ids must have shape (n,), not {given.shape}", parameter="row_ids", value=given.shape
+        )
+    given = np.atleast_1d(given)
+    if given.dtype.kind == "u":
+        return given.astype(np.uint64)
+    if given.dtype.kind == "i":
+        bad = given[given < 0]
+    else:  # objects: a list of Python's numbers may not fit any one type of numpy's
+        bad = np.array([row for row in given.tolist() if not _is_row_id(row)], dtype=object)
+    if len(bad):
+        raise InvalidArgument(
+            f"row_ids must be whole numbers from 0 to 2**64 - 1, not {bad[0]!r}",
+            remedy="Row ids are those that knn and search return",
+            parameter="row_ids",
+            value=bad[0],
+        )
+    return given.astype(np.uint64)
+
+
+def _is_row_id(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < 2**64
 
 
 def _defaults(manifest: Manifest) -> SearchOptions:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .. import engine
 from ..errors import CorruptIndex, MissingFile, ModelMismatch
@@ -83,6 +84,8 @@ def read_generation(pinned: PinnedDataset, found: FoundPointer, allowed: Sequenc
 def load_segments(generation: Generation, meter: PhaseMeter) -> list[tuple[int, engine.Segment]]:
     """Load all shards into RAM, merged as far as their type allows.
 
+    One shard at a time: at the most, the merged index and the largest shard are in RAM together.
+
     Parameters
     ----------
     generation : Generation
@@ -102,13 +105,17 @@ def load_segments(generation: Generation, meter: PhaseMeter) -> list[tuple[int, 
     """
     manifest, store = generation.manifest, generation.store
     model = engine.load_model(store, manifest.model.file, manifest.spec, manifest.model.fingerprint)
-    shards = []
+    positions = sum(record.cover.physical_rows for record in generation.records)
+    return engine.merge_shards(model, _shards(generation, model, meter), positions=positions)
+
+
+def _shards(generation: Generation, model: engine.Model, meter: PhaseMeter) -> Iterator[tuple[Any, Any | None, int]]:
+    store = generation.store
     for record in generation.records:
         rows = record.cover.physical_rows
-        base, refine = engine.load_shard(store, model, record.index, record.refine, physical_rows=rows)
-        shards.append((base, refine, rows))
+        # No variable keeps the shard: it would be held here while the next one is read.
+        yield (*engine.load_shard(store, model, record.index, record.refine, physical_rows=rows), rows)
         meter.add(rows, record.index.length_bytes + (record.refine.length_bytes if record.refine else 0))
-    return engine.merge_shards(model, shards)
 
 
 def _record(store: Store, manifest: Manifest, ordinal: int) -> ShardRecord:
