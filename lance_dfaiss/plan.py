@@ -305,11 +305,12 @@ def plan_tasks(
     worst = max(tasks, key=lambda task: task.physical_rows)
     needed = encode_peak_bytes(cost, worst.physical_rows)
     if needed > budget_bytes:
+        more = "ask for more shards" if len(worst.fragments) > 1 else "write smaller fragments"
+        smaller = f", {more}, or choose smaller codes (IVF_PQ with num_bits=4)" if budget_bytes > _WORKING_BYTES else ""
         raise BudgetExceeded(
             f"a shard of {worst.physical_rows:,} rows (fragments {_named(worst.fragment_ids)}) needs"
-            f" {needed:,} bytes, the budget is {budget_bytes:,}",
-            remedy=f"Raise memory_budget_bytes to {needed:,}, ask for more shards, write smaller fragments,"
-            " or choose smaller codes (IVF_PQ with num_bits=4)",
+            f" {needed:,} bytes, {_WORKING_BYTES:,} of them for the work itself; the budget is {budget_bytes:,}",
+            remedy=f"Raise memory_budget_bytes to {needed:,}{smaller}",
             needed_bytes=needed,
             budget_bytes=budget_bytes,
         )

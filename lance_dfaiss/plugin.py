@@ -363,28 +363,32 @@ class DfaissDataset(LanceDataset):
         nearest = given.get("nearest")
         if not isinstance(nearest, dict) or not self._has_pointer() or not nearest.get("use_index", True):
             return super().scanner(*args, **kwargs)
-        generation = self._generation_for(nearest)
-        if generation is None:
+        generations = self._generations_for(nearest)
+        if not generations:
             return super().scanner(*args, **kwargs)
         # Lance asks its index for the metric that a query does not name, and so do we, whoever answers.
-        spec = generation.manifest.spec
-        given["nearest"] = {**nearest, "metric": nearest.get("metric") or spec.metric}
+        given["nearest"] = {**nearest, "metric": nearest.get("metric") or generations[0].manifest.spec.metric}
         native = functools.partial(super().scanner, **given)
         handle = PinnedDataset(_plain(self)).lance
-        try:
-            request = _Request.read({**(self._default_scan_options or {}), **given}, generation, handle.schema)
-            opened = self._opened.version(self, generation)
-        except _NotOurs as exc:
-            _log.debug("search on %r goes to Lance: %s", nearest.get("column"), exc)
-            return native()
-        return DfaissScanner(_Answer(request, opened, handle), self, native)
+        reasons = []
+        for generation in generations:
+            try:
+                request = _Request.read({**(self._default_scan_options or {}), **given}, generation, handle.schema)
+                opened = self._opened.version(self, generation)
+                return DfaissScanner(_Answer(request, opened, handle), self, native)
+            except _NotOurs as exc:
+                reasons.append(str(exc))
+        _log.debug("search on %r goes to Lance: %s", nearest.get("column"), "; ".join(reasons))
+        # Not inside the handler: an error of Lance's stands alone then.
+        return native()
 
     def _has_pointer(self) -> bool:
         return any(key.startswith(POINTER_PREFIX) for key in self.metadata)
 
-    def _generation_for(self, nearest: Mapping[str, Any]) -> Generation | None:
-        """Return the index that answers, the first by name; None when none is of this column and metric."""
+    def _generations_for(self, nearest: Mapping[str, Any]) -> list[Generation]:
+        """Return the indexes of this column and metric, by name; the first settles a metric that is not named."""
         metric = _metric(nearest.get("metric"))
+        found: list[Generation] = []
         other = ""
         for key, text in sorted(self.metadata.items()):
             if not key.startswith(POINTER_PREFIX):
@@ -394,17 +398,19 @@ class DfaissDataset(LanceDataset):
             except (MissingFile, UntrustedLocation, UnsupportedFormat) as exc:
                 # Without its manifest we do not know its metric, and Lance would take l2.
                 if metric is None:
-                    raise
+                    raise  # a usable one further on might be of another metric
                 _log.warning("an index cannot be used: %s", exc)
                 continue
             if generation.manifest.dataset.column != nearest.get("column"):
                 continue
-            if metric is None or metric == generation.manifest.spec.metric:
-                return generation
-            other = generation.manifest.spec.metric
-        if other:
+            if metric in (None, generation.manifest.spec.metric):
+                metric = generation.manifest.spec.metric
+                found.append(generation)
+            else:
+                other = generation.manifest.spec.metric
+        if other and not found:
             _log.debug("search on %r goes to Lance: metric %s, not %s", nearest.get("column"), metric, other)
-        return None
+        return found
 
 
 class DfaissScanner(LanceScanner):
@@ -720,6 +726,8 @@ class _OpenIndexes:
         try:
             snapshot = resolve_generation(pinned, generation)
         except DatasetChanged as exc:
+            # Once a version, as the answer is kept: a search that became slow should not need DEBUG to be explained.
+            _log.warning("index %r cannot answer, Lance searches by itself: %s", generation.manifest.name, exc.message)
             return exc.message
         others = (opened for opened in self._versions.values() if isinstance(opened, _Opened))
         segments = next((opened.segments for opened in others if opened.generation is generation), None)

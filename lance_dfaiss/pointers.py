@@ -180,11 +180,15 @@ def find_stored(pinned: PinnedDataset, name: str | None, index_uri: str | None =
         return found[names[0]]
     if name is not None and name in found:
         return found[name]
-    wanted = "which index to use was not said" if name is None else f"there is no index {name!r}"
-    remedy = f"It has {', '.join(map(repr, names))}" if names else "It has none: build one with create_index"
-    raise IndexNotFound(
-        f"{wanted} on {pinned.uri} at version {pinned.version}", remedy=remedy, name=name or "", available=names
-    )
+    place = f"{pinned.uri} at version {pinned.version}"
+    if not names:
+        wanted = f"{place} has no index" if name is None else f"there is no index {name!r} on {place}"
+        remedy = "It has none: build one with create_index; pass index_uri if it was built with one"
+    elif name is None:
+        wanted, remedy = f"{place} has {len(names)} indexes", f"Say which: {', '.join(map(repr, names))}"
+    else:
+        wanted, remedy = f"there is no index {name!r} on {place}", f"It has {', '.join(map(repr, names))}"
+    raise IndexNotFound(wanted, remedy=remedy, name=name or "", available=names)
 
 
 def generation_store(pinned: PinnedDataset, pointer: Pointer, allowed: Sequence[str] = ()) -> Store:

@@ -333,7 +333,10 @@ def run_build(planned: PlannedBuild) -> Manifest:
     plan, pinned = planned.plan, planned.pinned
     if planned.options.resume:
         found = _find_unfinished(planned)
-        if found is not None:
+        if found is None:
+            _log.info("index %r: nothing to resume, no unfinished build of the same thing over these rows", plan.name)
+        else:
+            _log.info("index %r: resuming generation %s", plan.name, found.generation)
             # Over the version at hand, as the one it began with may be cleaned up: the signatures are equal, so only
             # deletions can differ. More of them are masked when the index is opened; shards with fewer are dropped.
             plan = found
@@ -427,10 +430,19 @@ def _check(
         meter.add()
     report = recall_meter.report(sum(record.indexed_rows for record in records))
     required = planned.options.min_recall
-    if report is None or required is None:
-        return report
+    if report is None:
+        return None
     best = max(point.recall for point in report.points)
-    if best < required:
+    if required is None and best < target:
+        _log.warning(
+            "index %r measured recall@%d %.3f at its widest search, the aim is %.2f:"
+            " a refine store, more bits or more sub-vectors find more",
+            plan.name,
+            report.k,
+            best,
+            target,
+        )
+    if required is not None and best < required:
         raise RecallTooLow(
             f"the index measured recall@{report.k} {best:.4f} at its widest search, min_recall is {required}",
             remedy="Nothing was committed. Use a refine store, more bits or more sub-vectors; or run again with"

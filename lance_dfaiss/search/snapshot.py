@@ -63,9 +63,9 @@ class RowIdMap:
             return np.full(len(row_ids), -1, dtype=np.int64)
         order = self._by_row_id
         run = order[np.maximum(np.searchsorted(self._row_ids[order], row_ids, side="right") - 1, 0)]
-        ahead = (row_ids - self._row_ids[run]).astype(np.int64)
-        inside = (row_ids >= self._row_ids[run]) & (ahead < self._lengths[run])
-        return np.where(inside, self._positions[run] + ahead, -1)
+        ahead = row_ids - self._row_ids[run]  # unsigned: a row id can be 2**63 and more
+        inside = (row_ids >= self._row_ids[run]) & (ahead < self._lengths[run].astype(np.uint64))
+        return np.where(inside, self._positions[run] + ahead.astype(np.int64), -1)
 
     @property
     def ram_bytes(self) -> int:

@@ -160,7 +160,7 @@ def test_list_and_drop(fresh: str) -> None:
         invoke("build", fresh, "vector", "--index-type", "FLAT", "--name", name)
     assert invoke("list", fresh) == ("a\nb\n", "")
     _, err = invoke("describe", fresh, expect=1)
-    assert "It has 'a', 'b'" in err
+    assert "Say which: 'a', 'b'" in err
     dropped = document("drop", fresh, "a")
     assert dropped == {"dropped": "a", "version": lance.dataset(fresh).version}
     assert document("list", fresh) == {"dataset": fresh, "indexes": ["b"]}

@@ -92,7 +92,7 @@ def test_the_refusal_names_fragments_and_bytes() -> None:
     one, both = (encode_peak_bytes(_FLAT, rows) for rows in (2000, 3000))
     assert both - one == 1000 * 100
     with pytest.raises(
-        BudgetExceeded, match=rf"2,000 rows \(fragments 1\) needs {one:,} bytes, the budget is {one - 1:,}"
+        BudgetExceeded, match=rf"2,000 rows \(fragments 1\) needs {one:,} bytes, .* the budget is {one - 1:,}"
     ):
         plan_tasks(_fragments(1000, 2000), _FLAT, num_shards=None, budget_bytes=one - 1)
     with pytest.raises(BudgetExceeded, match=rf"3,000 rows \(fragments 0, 1\) needs {both:,} bytes"):

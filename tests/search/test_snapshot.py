@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lance_dfaiss.errors import DatasetChanged
@@ -52,6 +52,7 @@ def test_positions_and_row_ids_are_each_others_inverse(runs: tuple[Int64Array, U
     np.testing.assert_array_equal(mapping.row_ids(square), row_ids[: 2 * width].reshape(2, width))
 
 
+@example((np.array([0]), np.array([0], dtype=np.uint64), np.array([1])), [2**63])
 @given(row_id_runs(), st.lists(st.integers(0, 2**64 - 2), max_size=30))
 def test_row_ids_that_are_not_covered_have_no_position(
     runs: tuple[Int64Array, UInt64Array, Int64Array], asked: list[int]
