@@ -18,6 +18,7 @@ import lance_dfaiss
 from lance_dfaiss.errors import InvalidArgument, MissingFile, UntrustedLocation
 from lance_dfaiss.plugin import DfaissDataset, DfaissScanner
 from lance_dfaiss.search.load import load_segments
+from tests.support import clustered, make_dataset
 
 ROWS, DIM = 300, 8
 VECTORS = np.random.default_rng(11).standard_normal((ROWS, DIM)).astype(np.float32)
@@ -291,3 +292,27 @@ def test_lost_files_are_reported(ours: DfaissDataset, caplog: pytest.LogCaptureF
         nearest(ours, 5)
     assert nearest(ours, 5, metric="l2") == [5]
     assert "cannot be used" in caplog.text
+
+
+def test_an_index_that_is_stale_does_not_hide_a_fresh_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = make_dataset(tmp_path / "d", clustered(300, 8, 1))
+    lance_dfaiss.create_index(plain, "vec", "FLAT", name="a_old")
+    lance.write_dataset(plain.to_table(), str(tmp_path / "d"), mode="append")
+    lance_dfaiss.create_index(str(tmp_path / "d"), "vec", "FLAT", name="b_new")
+    dataset = lance_dfaiss.dataset(str(tmp_path / "d"))
+    asked = {"column": "vec", "q": clustered(1, 8, 2)[0], "k": 5}
+    for _ in range(2):
+        scanner = dataset.scanner(nearest=asked)
+        assert isinstance(scanner, DfaissScanner)
+        assert scanner.to_table().num_rows == 5
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert [record.args[0] for record in warnings if isinstance(record.args, tuple)] == ["a_old"]
+
+
+def test_an_error_of_lances_stands_alone(tmp_path: Path) -> None:
+    plain = make_dataset(tmp_path / "d", clustered(300, 8, 1))
+    lance_dfaiss.create_index(plain, "vec", "FLAT")
+    dataset = lance_dfaiss.dataset(str(tmp_path / "d"))
+    with pytest.raises(ValueError, match="4") as caught:
+        dataset.to_table(nearest={"column": "vec", "q": np.zeros(4, dtype=np.float32), "k": 5})
+    assert caught.value.__context__ is None
