@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -220,7 +220,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     function : callable
         Takes arguments that typer knows, and dataclasses whose fields are such.
     """
-    hints = get_type_hints(function, include_extras=True)
+    hints = {name: _as_written(hint) for name, hint in get_type_hints(function, include_extras=True).items()}
     groups: dict[str, Any] = {
         name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)
     }
@@ -242,6 +242,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return call
+
+
+def _as_written(hint: Any) -> Any:
+    """Undo what Python 3.10 does where the default is None: it wraps the annotation, hiding what typer reads."""
+    if get_origin(hint) is not Union:
+        return hint
+    return next((part for part in get_args(hint) if get_origin(part) is Annotated), hint)
 
 
 def _parameters(group: Any) -> list[inspect.Parameter]:
