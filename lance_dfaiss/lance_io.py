@@ -199,11 +199,6 @@ class PinnedDataset:
         self.stable_row_ids: bool = dataset.has_stable_row_ids
         self.root: str = _main_root(dataset)
 
-    @classmethod
-    def at_version(cls, dataset: LanceDataset, version: int) -> PinnedDataset:
-        """Pin another version of the same dataset."""
-        return cls(dataset.checkout_version(version))
-
     @property
     def lance(self) -> LanceDataset:
         """The pinned handle."""
@@ -213,10 +208,6 @@ class PinnedDataset:
     def metadata(self) -> Mapping[str, str]:
         """Table metadata of this version."""
         return cast("Mapping[str, str]", self._dataset.metadata)
-
-    def live_rows(self) -> int:
-        """Count the rows of this version."""
-        return int(self._dataset.count_rows())
 
     def vector_column(self, name: str) -> VectorColumn:
         """Look up a vector column.
@@ -256,19 +247,6 @@ class PinnedDataset:
             )
             addresses = scanner.to_table()[_ADDRESS_COLUMN].to_numpy()
         return np.sort((addresses & _OFFSET_MASK).astype(np.int64))
-
-    def row_ids(self, fragment_ids: Sequence[int]) -> tuple[UInt64Array, UInt64Array]:
-        """Return row addresses and row ids of the live rows of some fragments, both uint64 ``(live,)``."""
-        with _lance_errors(self.uri):
-            scanner = self._dataset.scanner(
-                columns=[],
-                with_row_address=True,
-                with_row_id=True,
-                fragments=[self._fragment(i) for i in fragment_ids],
-                scan_in_order=True,
-            )
-            table = scanner.to_table()
-        return table[_ADDRESS_COLUMN].to_numpy(), table[ROW_ID_COLUMN].to_numpy()
 
     def blocks(self, column: VectorColumn, fragment_ids: Sequence[int], metric: Metric) -> Generator[Block, None, None]:
         """Stream the rows of some fragments in the given order, decoded.
