@@ -19,12 +19,30 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .build import PlannedBuild, create_index, plan_index
+    from .build import (
+        PlannedBuild,
+        SyncReport,
+        UpdateReport,
+        create_index,
+        plan_index,
+        sync_index,
+        update_index,
+    )
     from .errors import DfaissError
-    from .manage import IndexDescription, describe_index, drop_index, list_indices, verify_index
+    from .manage import (
+        GcReport,
+        IndexDescription,
+        adopt_index,
+        describe_index,
+        drop_index,
+        gc,
+        list_indices,
+        rollback,
+        verify_index,
+    )
     from .plugin import DfaissDataset, dataset
     from .progress import Progress, ProgressEvent, SilentProgress
-    from .search import Index, IndexStats, open_index
+    from .search import Explanation, Index, IndexStats, open_index
     from .spec import BuildOptions, IndexSpec, SearchOptions
     from .types import MISSING_ROW_ID
 
@@ -33,6 +51,8 @@ __all__ = [
     "BuildOptions",
     "DfaissDataset",
     "DfaissError",
+    "Explanation",
+    "GcReport",
     "Index",
     "IndexDescription",
     "IndexSpec",
@@ -42,14 +62,21 @@ __all__ = [
     "ProgressEvent",
     "SearchOptions",
     "SilentProgress",
+    "SyncReport",
+    "UpdateReport",
     "__version__",
+    "adopt_index",
     "create_index",
     "dataset",
     "describe_index",
     "drop_index",
+    "gc",
     "list_indices",
     "open_index",
     "plan_index",
+    "rollback",
+    "sync_index",
+    "update_index",
     "verify_index",
 ]
 
@@ -58,6 +85,8 @@ _HOMES = {
     "BuildOptions": "spec",
     "DfaissDataset": "plugin",
     "DfaissError": "errors",
+    "Explanation": "search",
+    "GcReport": "manage",
     "Index": "search",
     "IndexDescription": "manage",
     "IndexSpec": "spec",
@@ -67,13 +96,20 @@ _HOMES = {
     "ProgressEvent": "progress",
     "SearchOptions": "spec",
     "SilentProgress": "progress",
+    "SyncReport": "build",
+    "UpdateReport": "build",
+    "adopt_index": "manage",
     "create_index": "build",
     "dataset": "plugin",
     "describe_index": "manage",
     "drop_index": "manage",
+    "gc": "manage",
     "list_indices": "manage",
     "open_index": "search",
     "plan_index": "build",
+    "rollback": "manage",
+    "sync_index": "build",
+    "update_index": "build",
     "verify_index": "manage",
 }
 

@@ -5,6 +5,7 @@
     DfaissError (Exception)
     ├── InvalidArgument (ValueError)            a parameter's value cannot be used
     │   ├── InvalidQuery                        wrong dimension, NaN or Inf, zero under cosine
+    │   ├── InvalidFilter                       a filter that Lance cannot parse or compute
     │   ├── InvalidFactory                      a FAISS factory string that cannot be built or served
     │   └── UnsupportedColumn (TypeError)       the column is not a vector column we can index
     ├── UnknownColumn (LookupError)             no such column in the dataset
@@ -15,8 +16,11 @@
     ├── TaskFailed (RuntimeError)               a build task failed: fragments, worker, cause, traceback
     ├── IndexExists (FileExistsError)           the name is taken and ``replace`` is False
     ├── IndexNotFound (LookupError)             no index of that name; names those that exist
+    ├── NoPreviousGeneration (LookupError)      there is nothing to roll back to
     ├── CommitConflict (RuntimeError)           another writer changed the same index meanwhile
+    ├── LeaseExpired (TimeoutError)             a builder stood still for so long that its files may be gone
     ├── DatasetChanged (RuntimeError)           the rows behind the index are no longer what it covers
+    ├── TailTooLarge (RuntimeError)             more rows are not indexed than a search may read
     ├── UntrustedLocation (PermissionError)     a pointer leads where it may not
     ├── StorageError (OSError)                  reading or writing index files failed
     │   ├── ReadOnlyStorage (PermissionError)   the place for index files cannot be written
@@ -52,15 +56,19 @@ __all__ = [
     "InsufficientData",
     "InvalidArgument",
     "InvalidFactory",
+    "InvalidFilter",
     "InvalidQuery",
     "InvalidVectors",
+    "LeaseExpired",
     "ManifestInvalid",
     "MissingFile",
     "ModelMismatch",
+    "NoPreviousGeneration",
     "ReadOnlyStorage",
     "RecallTooLow",
     "StorageError",
     "StorageFull",
+    "TailTooLarge",
     "TaskFailed",
     "UnknownColumn",
     "UnsupportedColumn",
@@ -118,6 +126,10 @@ class InvalidArgument(DfaissError, ValueError):
 
 class InvalidQuery(InvalidArgument):
     """A query vector cannot be searched: wrong dimension, NaN or Inf, or zero under cosine."""
+
+
+class InvalidFilter(InvalidArgument):
+    """A filter that Lance cannot parse or compute; its message is kept."""
 
 
 class InvalidFactory(InvalidArgument):
@@ -185,6 +197,13 @@ class IndexNotFound(DfaissError, LookupError):
     available: tuple[str, ...]
 
 
+class NoPreviousGeneration(DfaissError, LookupError):
+    """The current generation of an index is the first one, or was adopted: there is nothing to roll back to."""
+
+    name: str
+    generation: str
+
+
 class CommitConflict(DfaissError, RuntimeError):
     """Another writer committed the same index name first; its index is untouched."""
 
@@ -193,10 +212,24 @@ class CommitConflict(DfaissError, RuntimeError):
     theirs: str
 
 
+class LeaseExpired(DfaissError, TimeoutError):
+    """A builder did not renew its lease in time: what it wrote may have been collected, nothing was committed."""
+
+    generation: str
+    expired_at: str
+
+
 class DatasetChanged(DfaissError, RuntimeError):
     """Fragments changed or vanished since the index was built over them."""
 
     fragments: tuple[int, ...]
+
+
+class TailTooLarge(DfaissError, RuntimeError):
+    """More rows are not indexed than a search may read beside the index."""
+
+    rows: int
+    limit: int
 
 
 class UntrustedLocation(DfaissError, PermissionError):

@@ -9,9 +9,11 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,18 +28,29 @@ from .errors import (
     DfaissError,
     InsufficientData,
     InvalidArgument,
+    InvalidFilter,
     ReadOnlyStorage,
     StorageError,
     UnknownColumn,
     UnsupportedColumn,
 )
 from .manifest import FragmentSignature, Pointer
-from .plan import FragmentState
+from .plan import FragmentState, RewriteGroup
 from .storage import FolderSession, LocalStore, SessionStore, Store
 from .types import POINTER_PREFIX, ROW_ID_COLUMN, SIDECAR, Float32Array, Int64Array, Metric, UInt64Array
 from .vectors import VectorType, decode_vectors, vector_type
 
-__all__ = ["Block", "LanceDataset", "PinnedDataset", "Sample", "VectorColumn", "move_to_latest", "open_dataset"]
+__all__ = [
+    "Block",
+    "DatasetHistory",
+    "LanceDataset",
+    "PinnedDataset",
+    "Sample",
+    "VectorColumn",
+    "VersionMetadata",
+    "move_to_latest",
+    "open_dataset",
+]
 
 # Scanner batches: smaller ones cost throughput, larger ones memory (measured with pylance 14).
 _MIN_BATCH_ROWS, _MAX_BATCH_ROWS = 1_024, 4_096
@@ -59,8 +72,22 @@ _COMMIT_ATTEMPTS = 5
 # How Lance and the object stores behind it say that one may not write; paths may hold the same words or digits.
 _REFUSED = re.compile(r"(?i:permission ?denied|access ?denied|read-only)|\bForbidden\b|(?<![\w/.-])403(?![\w/.-])")
 
+# Versions read at the same time: each is a small file, far away on an object store.
+_VERSION_READERS = 8
+
 _ADDRESS_COLUMN = "_rowaddr"
+_UPDATED_COLUMN = "_row_last_updated_at_version"
 _OFFSET_MASK = np.uint64(0xFFFFFFFF)
+
+# Lance ends its messages with the place in its own source.
+_LANCE_SOURCE = re.compile(r", /\S+\.rs:\d+:\d+$")
+
+# Rows of a file of columns held in RAM: with whole files, a row's number follows from its address.
+_HELD_ROWS = 1 << 24
+
+# Names that mean another thing in a copy of the columns.
+_SYSTEM_COLUMN = re.compile(r"\b_row")
+_UNKNOWN_FIELD = re.compile(r"No field named (\S+?)\. ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +117,28 @@ class VectorColumn:
         return self.type.value_bytes * self.dim
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionMetadata:
+    """Table metadata of one version of a dataset.
+
+    Parameters
+    ----------
+    branch : str or None
+        None for the main one.
+    version : int
+        Its number.
+    metadata : mapping
+        By key.
+    newest : bool
+        Whether it is the branch's newest version.
+    """
+
+    branch: str | None
+    version: int
+    metadata: Mapping[str, str]
+    newest: bool
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
     """Decoded live rows of one fragment, in physical order.
@@ -108,6 +157,8 @@ class Block:
         Live rows left out, by reason.
     bad_row_ids : numpy.ndarray
         uint64: row ids of those.
+    updated : numpy.ndarray or None
+        uint64 ``(live,)``: the version that last wrote every live row; None without stable row ids.
     """
 
     fragment_id: int
@@ -119,6 +170,7 @@ class Block:
     non_finite: int
     zero: int
     bad_row_ids: UInt64Array
+    updated: UInt64Array | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -248,6 +300,92 @@ class PinnedDataset:
             addresses = scanner.to_table()[_ADDRESS_COLUMN].to_numpy()
         return np.sort((addresses & _OFFSET_MASK).astype(np.int64))
 
+    def find_column(self, name: str, field_id: int) -> VectorColumn:
+        """Look up the column that an index was built over, also after it was renamed or cast.
+
+        Parameters
+        ----------
+        name : str
+            Name when the index was built.
+        field_id : int
+            Its leaf field then; renaming keeps it, casting gives a new one.
+
+        Raises
+        ------
+        UnknownColumn, UnsupportedColumn, InsufficientData
+            As `vector_column` does.
+        """
+        try:
+            # The name first: an overwrite deals field ids anew, so the old one may be another column's.
+            return self.vector_column(name)
+        except (UnknownColumn, UnsupportedColumn):
+            path = _field_path(self._dataset, field_id)
+            if path is None or path == name:
+                raise
+            return self.vector_column(path)
+
+    def history(self, column: VectorColumn) -> DatasetHistory:
+        """Return what is still known of the versions before this one."""
+        return DatasetHistory(self, column)
+
+    def matching(self, filter_sql: str, fragment_ids: Sequence[int] | None = None) -> UInt64Array:
+        """Return the addresses of the live rows that a filter matches, uint64 ``(n,)``, in storage order.
+
+        Parameters
+        ----------
+        filter_sql : str
+            Lance's SQL.
+        fragment_ids : sequence of int, optional
+            Where to look; everywhere by default.
+
+        Raises
+        ------
+        InvalidFilter
+            With Lance's message, if it cannot be parsed or computed.
+        UnknownColumn
+            If it names a column that does not exist.
+        """
+        fragments = None if fragment_ids is None else [self._fragment(i) for i in fragment_ids]
+        return _matching(self._dataset, filter_sql, fragments, self.uri)
+
+    def row_versions(self, fragment_ids: Sequence[int]) -> tuple[UInt64Array, UInt64Array, UInt64Array]:
+        """Return row id, address and last version of every live row of some fragments, uint64 ``(n,)`` each.
+
+        Only with stable row ids.
+        """
+        with _lance_errors(self.uri):
+            table = self._dataset.scanner(
+                columns=[_UPDATED_COLUMN],
+                with_row_id=True,
+                with_row_address=True,
+                fragments=[self._fragment(i) for i in fragment_ids],
+                scan_in_order=True,
+            ).to_table()
+        names = (ROW_ID_COLUMN, _ADDRESS_COLUMN, _UPDATED_COLUMN)
+        return cast("tuple[UInt64Array, UInt64Array, UInt64Array]", tuple(table[name].to_numpy() for name in names))
+
+    def rows(
+        self, column: VectorColumn, fragment_id: int, offsets: Int64Array | None, metric: Metric
+    ) -> Generator[Block, None, None]:
+        """Stream some live rows of one fragment, decoded; see `blocks`.
+
+        Parameters
+        ----------
+        column : VectorColumn
+            What to read.
+        fragment_id : int
+            Fragment of this version.
+        offsets : numpy.ndarray or None
+            int64, physical, increasing; None for every live row.
+        metric : str
+            Under cosine zero vectors are left out.
+        """
+        for block in self.blocks(column, [fragment_id], metric):
+            if offsets is None:
+                yield block
+            else:
+                yield from _only(block, offsets)
+
     def blocks(self, column: VectorColumn, fragment_ids: Sequence[int], metric: Metric) -> Generator[Block, None, None]:
         """Stream the rows of some fragments in the given order, decoded.
 
@@ -273,7 +411,7 @@ class PinnedDataset:
         rows = _BATCH_BYTES // max(column.stored_row_bytes, 1)
         with _lance_errors(self.uri):
             scanner = self._dataset.scanner(
-                columns=[column.name],
+                columns=[column.name, *([_UPDATED_COLUMN] if self.stable_row_ids else [])],
                 fragments=[self._fragment(i) for i in fragment_ids],
                 with_row_address=True,
                 with_row_id=self.stable_row_ids,
@@ -451,12 +589,7 @@ class PinnedDataset:
                 parameter="column",
                 value=column.name,
             )
-        return FragmentState(
-            fragment_id=int(meta.id),
-            physical_rows=int(meta.physical_rows),
-            deleted_rows=int(meta.deletion_file.num_deleted_rows) if meta.deletion_file else 0,
-            signature=signature,
-        )
+        return _fragment_state(meta, signature)
 
     def _holds_values(self, fragment_id: int, column: VectorColumn) -> bool:
         """Tell whether a fragment has a vector; without a file it has none, as after an append without the column."""
@@ -514,10 +647,278 @@ class PinnedDataset:
                 )
         return StorageError(f"Lance could not read the rows: {_first_line(exc)}", location=self.uri)
 
+    def every_version(self) -> list[VersionMetadata]:
+        """Read the table metadata of every version that still exists, of all branches and tags.
+
+        Versions come and go meanwhile: what is listed afterwards and was not yet read is read too, so that no
+        version is overlooked that another one was made from (a branch, a restored version) before it went.
+
+        Raises
+        ------
+        StorageError
+            If one cannot be read, though it is there.
+        """
+        read: dict[tuple[str | None, int], VersionMetadata | None] = {}
+        with _lance_errors(self.uri):
+            while True:
+                heads, places = self._version_places()
+                missing = [place for place in places if place not in read]
+                if not missing:
+                    break
+                with ThreadPoolExecutor(_VERSION_READERS, thread_name_prefix="lance-dfaiss-versions") as pool:
+                    read.update(zip(missing, pool.map(self._metadata_at, missing), strict=True))
+        lost = [version for branch, version in places if read[branch, version] is None and branch in heads]
+        if lost:
+            raise StorageError(
+                f"{self.uri} lists version {lost[0]}, but it cannot be found",
+                remedy="Check that the dataset is complete",
+                location=self.uri,
+            )
+        found = [version for version in read.values() if version is not None]
+        return [replace(version, newest=heads.get(version.branch) == version.version) for version in found]
+
+    def _version_places(self) -> tuple[dict[str | None, int], list[tuple[str | None, int]]]:
+        """Return the newest version of each branch, and branch and number of all versions."""
+        heads: dict[str | None, int] = {}
+        places: dict[tuple[str | None, int], None] = {}
+        tags = cast("Any", self._dataset).tags.list()
+        for branch in (None, *cast("Any", self._dataset).branches.list()):
+            head = self._at(branch, None)
+            if head is not None:
+                heads[branch] = head.version
+                places.update(((branch, int(entry["version"])), None) for entry in head.versions())
+        # Lance keeps what a tag names, so these are listed already; should it ever not, they count all the same.
+        places.update(((tag["branch"], int(tag["version"])), None) for tag in tags.values())
+        return heads, list(places)
+
+    def _metadata_at(self, place: tuple[str | None, int]) -> VersionMetadata | None:
+        found = self._at(*place)
+        if found is None:
+            return None
+        return VersionMetadata(
+            branch=place[0], version=place[1], metadata=cast("Mapping[str, str]", found.metadata), newest=False
+        )
+
+    def _at(self, branch: str | None, version: int | None) -> LanceDataset | None:
+        """Return a handle at a version of a branch (None: main, the newest), or None if it went meanwhile."""
+        try:
+            return cast("LanceDataset", cast("Any", self._dataset).checkout_version((branch, version)))
+        except (OSError, ValueError) as exc:
+            # Lance has no class of its own for this either.
+            if "not found" in str(exc).lower():
+                return None
+            raise
+
+
+class DatasetHistory:
+    """What is still known of the versions of a dataset; each version is opened once.
+
+    Parameters
+    ----------
+    pinned : PinnedDataset
+        The newest version to look at.
+    column : VectorColumn
+        Whose files tell whether a fragment is the same.
+    """
+
+    def __init__(self, pinned: PinnedDataset, column: VectorColumn) -> None:
+        self._pinned = pinned
+        self._column = column
+        self._versions: dict[int, PinnedDataset | None] = {pinned.version: pinned}
+        self.reads = 0
+        """Versions opened so far."""
+
+    def fragment_ids(self, version: int) -> frozenset[int] | None:
+        """Return the fragments of a version; None if it was removed."""
+        pinned = self._at(version)
+        return None if pinned is None else frozenset(f.fragment_id for f in pinned.lance.get_fragments())
+
+    def rewritten(self, version: int) -> list[RewriteGroup] | None:
+        """Return what the compaction that made a version did.
+
+        Nothing, where another operation made it; None where that is not known, or brought back another version.
+        """
+        try:
+            transaction = self._pinned.lance.read_transaction(version)
+        except (OSError, ValueError):
+            return None  # removed with its version
+        operation = None if transaction is None else transaction.operation
+        # What Lance's Python does not name comes as the base class.
+        if type(operation) in (type(None), lance.LanceOperation.Restore, lance.LanceOperation.BaseOperation):
+            return None
+        if not isinstance(operation, lance.LanceOperation.Rewrite):
+            return []
+        lineage = _lineage(self._pinned.lance, self._column.field_id)
+
+        def states(metas: Iterable[Any]) -> tuple[FragmentState, ...]:
+            return tuple(_fragment_state(meta, _signature(meta, lineage)) for meta in metas)
+
+        return [
+            RewriteGroup(old=states(group.old_fragments), new=states(group.new_fragments)) for group in operation.groups
+        ]
+
+    def live_offsets(self, version: int, fragment_id: int) -> Int64Array | None:
+        """Return the offsets of the live rows of a fragment in a version, increasing; None if it was removed."""
+        pinned = self._at(version)
+        return None if pinned is None else pinned.live_offsets(fragment_id)
+
+    def _at(self, version: int) -> PinnedDataset | None:
+        if version not in self._versions:
+            self.reads += 1
+            try:
+                self._versions[version] = PinnedDataset(self._pinned.lance.checkout_version(version))
+            except (OSError, ValueError):
+                self._versions[version] = None  # Lance raises either for a version that is not there
+        return self._versions[version]
+
+
+class ColumnsInMemory:
+    """Some columns of a dataset version in RAM, to filter by without reading the dataset.
+
+    Deleted rows are held too, so that a version with more or fewer of them is served as well.
+
+    Parameters
+    ----------
+    pinned : PinnedDataset
+        The version.
+    columns : sequence of str
+        Columns to keep; of a nested one the whole struct is kept.
+
+    Raises
+    ------
+    UnknownColumn
+        If there is no such column.
+    """
+
+    def __init__(self, pinned: PinnedDataset, columns: Sequence[str]) -> None:
+        for name in columns:
+            _arrow_field(pinned.lance.schema, name)
+        self._hold(pinned, list(dict.fromkeys(name.split(".")[0] for name in columns)))
+
+    def _hold(self, pinned: PinnedDataset, wanted: list[str]) -> None:
+        self._wanted = wanted
+        self._state = _state_of(pinned)
+        self._held: LanceDataset | None = None
+        self._addresses: UInt64Array = np.zeros(0, dtype=np.uint64)
+        columns = [name for name in wanted if name in pinned.lance.schema.names]
+        if not columns:
+            return
+        with _lance_errors(pinned.uri):
+            # Lance hands out deleted rows only with row ids, which tell them by a null; all rows come in order.
+            table = pinned.lance.scanner(
+                columns=columns, with_row_id=True, include_deleted_rows=True, scan_in_order=True
+            ).to_table()
+            kept = table.select(columns)
+            self._held = lance.write_dataset(kept, f"memory://{uuid.uuid4().hex}", max_rows_per_file=_HELD_ROWS)
+        fragments = [(f.fragment_id, f.metadata.physical_rows) for f in pinned.lance.get_fragments()]
+        ranges = [np.arange(i << 32, (i << 32) + rows, dtype=np.uint64) for i, rows in fragments]
+        self._addresses = np.concatenate([self._addresses, *ranges])
+
+    def at(self, pinned: PinnedDataset) -> ColumnsInMemory:
+        """Return the columns at another version, as far as it has them; themselves, if nothing was written there."""
+        if _state_of(pinned) == self._state:
+            return self
+        moved = ColumnsInMemory.__new__(ColumnsInMemory)
+        moved._hold(pinned, self._wanted)
+        return moved
+
+    def matching(self, filter_sql: str) -> UInt64Array | None:
+        """Return the addresses of rows that a filter matches, deleted ones among them, uint64 ``(n,)``.
+
+        Parameters
+        ----------
+        filter_sql : str
+            Lance's SQL.
+
+        Returns
+        -------
+        numpy.ndarray or None
+            None if the filter asks for more than is here.
+        """
+        if self._held is None or _SYSTEM_COLUMN.search(filter_sql):
+            return None
+        try:
+            rows = _matching(self._held, filter_sql, None, "memory")
+        except (InvalidFilter, UnknownColumn):
+            return None  # of another column, or wrong: the dataset itself will say
+        numbers = (rows >> np.uint64(32)) * np.uint64(_HELD_ROWS) + (rows & _OFFSET_MASK)
+        return cast("UInt64Array", self._addresses[numbers])
+
+
+def _state_of(pinned: PinnedDataset) -> tuple[dict[tuple[str, ...], int], list[dict[str, Any]]]:
+    """Return the fields and the fragments without their deletions: equal ones hold equal values under equal names."""
+    fields: dict[tuple[str, ...], int] = {}
+    waiting: list[tuple[tuple[str, ...], Any]] = [((field.name(),), field) for field in pinned.lance.lance_schema.fields()]
+    while waiting:
+        path, field = waiting.pop()
+        fields[path] = int(field.id())
+        waiting += [((*path, child.name()), child) for child in field.children()]
+    fragments = [fragment.metadata.to_json() for fragment in pinned.lance.get_fragments()]
+    for fragment in fragments:
+        del fragment["deletion_file"]
+    return fields, cast("list[dict[str, Any]]", fragments)
+
+
+def _matching(dataset: LanceDataset, filter_sql: str, fragments: list[Any] | None, uri: str) -> UInt64Array:
+    try:
+        table = dataset.scanner(
+            columns=[], with_row_address=True, filter=filter_sql, fragments=fragments, scan_in_order=True
+        ).to_table()
+    except ValueError as exc:
+        said = _LANCE_SOURCE.sub("", str(exc).strip())
+        unknown = _UNKNOWN_FIELD.search(said)
+        if unknown:
+            names = tuple(dataset.schema.names)
+            raise UnknownColumn(
+                f"the filter {filter_sql!r} names a column that the dataset does not have: {said}",
+                remedy=f"It has {', '.join(names)}",
+                column=unknown[1],
+                available=names,
+            ) from exc
+        raise InvalidFilter(
+            f"Lance cannot use the filter {filter_sql!r}: {said}", parameter="filter", value=filter_sql
+        ) from exc
+    except (OSError, RuntimeError) as exc:
+        raise StorageError(f"Lance could not read {uri}: {_first_line(exc)}", location=uri) from exc
+    return cast("UInt64Array", table[_ADDRESS_COLUMN].to_numpy())
+
+
+def _only(block: Block, offsets: Int64Array) -> Iterator[Block]:
+    """Return a block without the rows that are not asked for; nothing if none is left."""
+    rows = np.isin(block.row_offsets, offsets)
+    if not rows.any():
+        return
+    kept = np.isin(block.offsets, offsets)
+    yield Block(
+        block.fragment_id,
+        block.offsets[kept],
+        block.vectors[kept],
+        block.row_offsets[rows],
+        block.row_ids[rows],
+        # Which of the unusable rows are asked for is not told by reason: all of them are counted as null.
+        int(np.count_nonzero(rows)) - int(np.count_nonzero(kept)),
+        0,
+        0,
+        np.setdiff1d(block.row_ids[rows], block.row_ids[np.isin(block.row_offsets, block.offsets[kept])]),
+        None if block.updated is None else block.updated[rows],
+    )
+
+
+def _fragment_state(meta: Any, signature: FragmentSignature) -> FragmentState:
+    deletions = meta.deletion_file
+    return FragmentState(
+        fragment_id=int(meta.id),
+        physical_rows=int(meta.physical_rows),
+        deleted_rows=int(deletions.num_deleted_rows) if deletions else 0,
+        signature=signature,
+        deletions=f"{deletions.read_version}-{deletions.id}" if deletions else "",
+    )
+
 
 def _decode_batch(batch: pa.RecordBatch, column: VectorColumn, metric: Metric) -> Iterator[Block]:
     addresses = batch[_ADDRESS_COLUMN].to_numpy()
     row_ids = batch[ROW_ID_COLUMN].to_numpy() if ROW_ID_COLUMN in batch.schema.names else addresses
+    updated = batch[_UPDATED_COLUMN].to_numpy() if _UPDATED_COLUMN in batch.schema.names else None
     fragments = (addresses >> np.uint64(32)).astype(np.int64)
     borders = [0, *(np.flatnonzero(np.diff(fragments)) + 1).tolist(), len(addresses)]
     for start, stop in itertools.pairwise(borders):
@@ -538,6 +939,7 @@ def _decode_batch(batch: pa.RecordBatch, column: VectorColumn, metric: Metric) -
             int(decoded.non_finite.sum()),
             int(decoded.zero.sum()),
             ids[~usable],
+            None if updated is None else updated[start:stop],
         )
 
 
@@ -582,6 +984,22 @@ def _lineage(dataset: LanceDataset, field_id: int) -> list[int]:
             return ids
         waiting += [(child, [int(child.id()), *ids]) for child in field.children()]
     return [field_id]
+
+
+def _field_path(dataset: LanceDataset, field_id: int) -> str | None:
+    """Return the dotted path of the column whose leaf has that id; None if there is none any more."""
+    waiting = [(field, str(field.name())) for field in dataset.lance_schema.fields()]
+    while waiting:
+        field, path = waiting.pop()
+        children = field.children()
+        if not children:
+            if int(field.id()) == field_id:
+                return path
+            continue
+        # A list's element is part of the column, a struct's member is a column of its own.
+        is_struct = pa.types.is_struct(_arrow_field(dataset.schema, path))
+        waiting += [(child, f"{path}.{child.name()}" if is_struct else path) for child in children]
+    return None
 
 
 def _leaf_id(dataset: LanceDataset, name: str) -> int:

@@ -22,6 +22,7 @@ __all__ = [
     "Estimate",
     "FactoryParts",
     "FragmentState",
+    "RewriteGroup",
     "RowCost",
     "encode_peak_bytes",
     "estimate",
@@ -77,17 +78,34 @@ class FragmentState:
         Rows written, and how many of them are deleted.
     signature : FragmentSignature
         Equal signatures mean equal vectors at equal offsets.
+    deletions : str
+        Names what is deleted: equal names, equal rows. Empty for nothing.
     """
 
     fragment_id: int
     physical_rows: int
     deleted_rows: int
     signature: FragmentSignature
+    deletions: str = ""
 
     @property
     def live_rows(self) -> int:
         """Rows that are not deleted."""
         return self.physical_rows - self.deleted_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewriteGroup:
+    """Fragments that a compaction replaced by others.
+
+    Parameters
+    ----------
+    old, new : tuple of FragmentState
+        As they were right before and right after, in order of their rows.
+    """
+
+    old: tuple[FragmentState, ...]
+    new: tuple[FragmentState, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

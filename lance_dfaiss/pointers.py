@@ -34,9 +34,11 @@ __all__ = [
     "FoundPointer",
     "StoredPointer",
     "absolute_location",
+    "check_allowed",
     "find_pointer",
     "find_stored",
     "generation_store",
+    "pointer_files",
     "publish",
     "stored_pointers",
 ]
@@ -131,7 +133,7 @@ def stored_pointers(pinned: PinnedDataset, index_uri: str | None = None) -> dict
         store = open_store(absolute_location(index_uri))
         base = _base(pinned)
         for folder in {file.name.rpartition("/")[0] for file in store.list(base)}:
-            name = bytes.fromhex(folder.removeprefix(f"{base}/").replace("_/", "")).decode()
+            name = _decoded(folder, base)
             file_text = _latest_file(store, folder)[1]
             if file_text is None:
                 found.pop(name, None)
@@ -201,14 +203,8 @@ def generation_store(pinned: PinnedDataset, pointer: Pointer, allowed: Sequence[
     """
     if pointer.where == IN_DATASET:
         return pinned.session_store()
-    where = absolute_location(pointer.where)
-    if not any(_is_under(where, absolute_location(prefix)) for prefix in allowed):
-        raise UntrustedLocation(
-            f"the index lies outside the dataset, at {pointer.where}",
-            remedy=f"If you trust it, pass allowed_index_uris=[{pointer.where!r}]",
-            location=pointer.where,
-        )
-    return open_store(where)
+    check_allowed(pointer.where, allowed, remedy=f"If you trust it, pass allowed_index_uris=[{pointer.where!r}]")
+    return open_store(absolute_location(pointer.where))
 
 
 def publish(
@@ -218,7 +214,7 @@ def publish(
     *,
     previous: StoredPointer | None,
     index_uri: str | None,
-) -> None:
+) -> StoredPointer | None:
     """Make a generation current, if the pointer is still what the builder saw.
 
     A pointer is replaced where it was found. A new one goes to the dataset, or under ``index_uri``
@@ -237,6 +233,11 @@ def publish(
     index_uri : str or None
         Holds the pointer when the dataset cannot be written.
 
+    Returns
+    -------
+    StoredPointer or None
+        The pointer as it is stored now; None if it was dropped.
+
     Raises
     ------
     CommitConflict
@@ -250,7 +251,7 @@ def publish(
     expected = None if previous is None else previous.text
     if index_uri is None:
         pinned.commit_pointer(name, expected, text, ours=ours)
-        return
+        return _written(name, text, "metadata")
     store = open_store(absolute_location(index_uri))
     folder = f"{_base(pinned)}/{_encoded(name)}"
     number, found = _latest_file(store, folder)
@@ -258,7 +259,7 @@ def publish(
         try:
             pinned.check_writable()
             pinned.commit_pointer(name, expected, text, ours=ours)
-            return
+            return _written(name, text, "metadata")
         except ReadOnlyStorage:
             expected = None  # of the file: there is none
     if found != expected:
@@ -270,6 +271,41 @@ def publish(
         if found != expected:
             raise _lost(name, ours, found) from exc
         raise
+    return _written(name, text, "file")
+
+
+def _written(name: str, text: str | None, origin: Literal["metadata", "file"]) -> StoredPointer | None:
+    return None if text is None else StoredPointer(name=name, text=text, origin=origin)
+
+
+def pointer_files(pinned: PinnedDataset, index_uri: str) -> dict[str, list[str | None]]:
+    """Return the pointers that were ever written under ``index_uri`` for a dataset, by index name.
+
+    Returns
+    -------
+    dict of list of str or None
+        Texts, the newest last; None where the index was dropped.
+    """
+    store = open_store(absolute_location(index_uri))
+    base = _base(pinned)
+    found: dict[str, list[str | None]] = {}
+    for file in store.list(base):
+        text = store.read(file.name, max_bytes=_MAX_POINTER_BYTES).decode()
+        found.setdefault(_decoded(file.name.rpartition("/")[0], base), []).append(text or None)
+    return found
+
+
+def check_allowed(location: str, allowed: Sequence[str], *, remedy: str) -> None:
+    """Refuse a place outside the dataset that is not under one of those allowed.
+
+    Raises
+    ------
+    UntrustedLocation
+        With the remedy given.
+    """
+    where = absolute_location(location)
+    if not any(_is_under(where, absolute_location(prefix)) for prefix in allowed):
+        raise UntrustedLocation(f"the index lies outside the dataset, at {location}", remedy=remedy, location=location)
 
 
 def _base(pinned: PinnedDataset) -> str:
@@ -285,6 +321,10 @@ def _encoded(name: str) -> str:
     """
     digits = name.encode().hex()
     return "_/".join(digits[start : start + _FOLDER_CHARACTERS] for start in range(0, len(digits), _FOLDER_CHARACTERS))
+
+
+def _decoded(folder: str, base: str) -> str:
+    return bytes.fromhex(folder.removeprefix(f"{base}/").replace("_/", "")).decode()
 
 
 def _latest_file(store: Store, folder: str) -> tuple[int, str | None]:

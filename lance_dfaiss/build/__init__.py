@@ -1,5 +1,14 @@
-"""Building: train one model, encode shards over groups of fragments, check, commit."""
+"""Building: train one model, encode shards over groups of fragments, check, commit; and keep up with the data."""
 
 from .create import PlannedBuild, create_index, plan_index
+from .update import SyncReport, UpdateReport, sync_index, update_index
 
-__all__ = ["PlannedBuild", "create_index", "plan_index"]
+__all__ = [
+    "PlannedBuild",
+    "SyncReport",
+    "UpdateReport",
+    "create_index",
+    "plan_index",
+    "sync_index",
+    "update_index",
+]

@@ -90,7 +90,8 @@ class ExactScorer:
     def __init__(self, queries: Float32Array, *, similarity: bool, own_positions: Int64Array) -> None:
         # Scores are -qx, or |x|^2 - 2qx: |q|^2 is the same for all candidates of a query and left out.
         # For that the origin is put among the queries: far from it, float32 would leave nothing but rounding.
-        self._origin = np.zeros(0, np.float32) if similarity or not len(queries) else queries.mean(axis=0)
+        nowhere = similarity or not len(queries)
+        self._origin = np.zeros(queries.shape[1], np.float32) if nowhere else queries.mean(axis=0)
         self._weights = queries * np.float32(-1) if similarity else (queries - self._origin) * np.float32(-2)
         self._similarity = similarity
         self.own_positions = own_positions

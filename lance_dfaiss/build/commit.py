@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 
 from .._version import __version__
-from ..errors import CommitConflict, CorruptIndex, DatasetChanged, ModelMismatch
+from ..errors import CommitConflict, DatasetChanged, DfaissError, ModelMismatch
 from ..lance_io import PinnedDataset, VectorColumn
 from ..manifest import (
     BuildPlan,
@@ -24,12 +25,15 @@ from ..manifest import (
     encode,
 )
 from ..plan import FragmentState
-from ..pointers import IN_DATASET, FoundPointer, absolute_location, publish
-from ..search.snapshot import fragments_to_read, revived_fragments
-from ..storage import Store, digest_bytes, write_document
+from ..pointers import IN_DATASET, FoundPointer, StoredPointer, absolute_location, publish
+from ..search.snapshot import deletions_to_read, revived_fragments
+from ..storage import Store, check_present, digest_bytes, read_reach, write_document
+from .lease import Lease
 from .train import TrainedModel
 
-__all__ = ["check_still_covered", "publish_manifest", "revived_in", "write_manifest"]
+__all__ = ["check_still_covered", "publish_checked", "publish_manifest", "revived_in", "shard_entry", "write_manifest"]
+
+_log = logging.getLogger(__name__)
 
 
 def check_still_covered(
@@ -84,7 +88,7 @@ def revived_in(pinned: PinnedDataset, covers: Sequence[Cover], states: Sequence[
     """Return the fragments with rows that the shards found deleted, and that are live in a version."""
     if not any(len(cover.deleted) for cover in covers):
         return []
-    live = {i: pinned.live_offsets(i) for i in fragments_to_read(covers, states)}
+    live = {i: pinned.live_offsets(i) for i in deletions_to_read(covers, states)}
     return revived_fragments(covers, states, live)
 
 
@@ -129,7 +133,7 @@ def write_manifest(
                 expected=trained.model.fingerprint.digest,
                 found=record.fingerprint,
             )
-    entries = tuple(_shard_entry(record) for record in records)
+    entries = tuple(shard_entry(record) for record in records)
     return Manifest(
         generation=plan.generation,
         name=plan.name,
@@ -162,6 +166,7 @@ def publish_manifest(
     store: Store,
     previous: FoundPointer | None,
     index_uri: str | None,
+    lease: Lease,
 ) -> None:
     """Write the manifest and make its generation current.
 
@@ -177,17 +182,19 @@ def publish_manifest(
         The pointer that the build started from.
     index_uri : str or None
         Where generations lie, if not in the dataset.
+    lease : Lease
+        On the generation.
 
     Raises
     ------
     CommitConflict
         If another writer was faster.
+    LeaseExpired, CorruptIndex
+        If files may be gone, or are; the dataset has the index that it had.
     """
-    for entry in (manifest.model.record, *(shard.record for shard in manifest.shards)):
-        if not store.exists(entry.name):
-            raise CorruptIndex(
-                f"{store.location}/{entry.name} vanished before the commit", remedy="Build again", location=entry.name
-            )
+    lengths = read_reach(store, manifest).lengths
+    check_present(store, lengths)
+    lease.check()
     name = f"{manifest.generation}/manifest.json"
     if store.exists(name):
         # Of a build that stopped just before its pointer, or of a living twin's: never rewritten, so it keeps its name.
@@ -200,20 +207,98 @@ def publish_manifest(
         manifest=reference,
         previous=None if previous is None else previous.pointer.generation,
     )
+    lengths[reference.name] = reference.length_bytes
     try:
-        publish(
+        publish_checked(
             pinned,
             manifest.name,
             pointer,
+            store=store,
+            lengths=lengths,
             previous=previous,
             index_uri=index_uri,
+            leases=(lease,),
         )
     except CommitConflict:
         store.delete(reference.name)
         raise
 
 
-def _shard_entry(record: ShardRecord) -> ShardEntry:
+def publish_checked(
+    pinned: PinnedDataset,
+    name: str,
+    pointer: Pointer,
+    *,
+    store: Store,
+    lengths: Mapping[str, int],
+    previous: StoredPointer | None,
+    index_uri: str | None,
+    leases: Sequence[Lease] = (),
+) -> None:
+    """Move a pointer to files that are there, and move it back if they were collected at the same moment.
+
+    A collector lists files and leases before it looks at the pointers. So files that are there, under a
+    lease that still holds, after the pointer was written, were spared or are pointed to when it looks.
+
+    Parameters
+    ----------
+    pinned : PinnedDataset
+        Dataset to commit to.
+    name : str
+        Index name.
+    pointer : Pointer
+        New one.
+    store : Store
+        Where it leads.
+    lengths : mapping
+        Length in bytes of every file that the pointer leads to, by name.
+    previous : StoredPointer or None
+        The pointer to be replaced.
+    index_uri : str or None
+        As for `publish`.
+    leases : sequence of Lease
+        On the generations whose files nothing else protects.
+
+    Raises
+    ------
+    CommitConflict
+        If another writer was faster.
+    LeaseExpired, CorruptIndex
+        If files may be gone, or are; the previous pointer is in place.
+    """
+
+    def check() -> None:
+        check_present(store, lengths)
+        for lease in leases:
+            lease.check()
+
+    check()
+    written = publish(pinned, name, pointer, previous=previous, index_uri=index_uri)
+    try:
+        check()
+    except DfaissError as failure:
+        _log.warning("index %r: generation %s is taken back: %s", name, pointer.generation, failure)
+        _point_back(pinned, name, written, previous, index_uri)
+        raise
+
+
+def _point_back(
+    pinned: PinnedDataset,
+    name: str,
+    written: StoredPointer | None,
+    previous: StoredPointer | None,
+    index_uri: str | None,
+) -> None:
+    text = None if previous is None else Pointer.from_text(previous.text, location=f"previous pointer of {name!r}")
+    try:
+        publish(pinned, name, text, previous=written, index_uri=index_uri)
+    except CommitConflict as conflict:
+        # Somebody has replaced ours already: what is current now is theirs to answer for.
+        _log.warning("index %r: %s", name, conflict)
+
+
+def shard_entry(record: ShardRecord) -> ShardEntry:
+    """Return how a manifest names a shard."""
     name = f"{record.generation}/shard-{record.ordinal:05d}-{record.attempt}.json"
     return ShardEntry(
         record=digest_bytes(name, encode(record)),

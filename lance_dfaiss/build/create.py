@@ -43,6 +43,7 @@ from ..types import AUTO_RECALL_TARGET, DEFAULT_SEED, Coarse, Float32Array, Inde
 from .check import RecallMeter, ShardCheck
 from .commit import check_still_covered, publish_manifest, revived_in, write_manifest
 from .encode import EncodeJob
+from .lease import Lease, is_leased
 from .runner import LocalRunner
 from .train import TrainedModel, find_trained, load_arrays, train
 
@@ -341,13 +342,14 @@ def run_build(planned: PlannedBuild) -> Manifest:
             # deletions can differ. More of them are masked when the index is opened; shards with fewer are dropped.
             plan = found
     try:
-        return _phases(planned, plan, pinned)
+        with Lease.hold(planned.store, plan.generation, root=pinned.root) as lease:
+            return _phases(planned, plan, pinned, lease)
     except _HOPELESS:
         _remove(planned.store, plan.generation)
         raise
 
 
-def _phases(planned: PlannedBuild, plan: BuildPlan, pinned: PinnedDataset) -> Manifest:
+def _phases(planned: PlannedBuild, plan: BuildPlan, pinned: PinnedDataset, lease: Lease) -> Manifest:
     store, progress, seconds = planned.store, planned.options.progress, []
     meter = PhaseMeter(progress, "train", planned.sample_rows)
     trained = find_trained(plan, store)
@@ -355,6 +357,7 @@ def _phases(planned: PlannedBuild, plan: BuildPlan, pinned: PinnedDataset) -> Ma
         trained = train(
             plan, planned.spec, pinned=pinned, column=planned.column, store=store, rows=planned.sample_rows, meter=meter
         )
+    lease.check()
     if not store.exists(f"{plan.generation}/{_PLAN_FILE}"):
         store.write(f"{plan.generation}/{_PLAN_FILE}", encode(plan))
     meter.finish()
@@ -368,6 +371,7 @@ def _phases(planned: PlannedBuild, plan: BuildPlan, pinned: PinnedDataset) -> Ma
     indexed = sum(record.indexed_rows for record in records)
     _log.info("index %r: %d rows encoded in %d shards, %.1f s", plan.name, indexed, len(records), meter.seconds)
 
+    lease.check()
     meter = PhaseMeter(progress, "check")
     recall = _check(planned, plan, store, records, meter)
     meter.finish()
@@ -384,6 +388,7 @@ def _phases(planned: PlannedBuild, plan: BuildPlan, pinned: PinnedDataset) -> Ma
         store=store,
         previous=planned.previous,
         index_uri=planned.options.index_uri,
+        lease=lease,
     )
     meter.finish()
     _log.info("index %r: generation %s is current", plan.name, plan.generation)
@@ -543,6 +548,8 @@ def _remove(store: Store, generation: str) -> None:
     files = store.list(generation)
     if any(file.name.startswith(f"{generation}/manifest") for file in files):
         return  # a twin that resumed the same build may have committed it
+    if is_leased(store, generation):
+        return  # or may still be building it: what both leave is for gc
     for file in files:
         store.delete(file.name)
 

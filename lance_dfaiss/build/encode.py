@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -48,6 +48,8 @@ class EncodeJob:
         ``"skip"`` or ``"error"``.
     meter : PhaseMeter
         Told of rows and bytes.
+    offsets : mapping of int to numpy.ndarray
+        int64 physical offsets of the rows to encode, of fragments that are not encoded whole.
     """
 
     plan: BuildPlan
@@ -57,6 +59,7 @@ class EncodeJob:
     store: Store
     on_invalid: OnInvalid
     meter: PhaseMeter
+    offsets: Mapping[int, Int64Array] = field(default_factory=dict)
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def stop(self) -> None:
@@ -80,8 +83,7 @@ class EncodeJob:
         encoder = ShardEncoder(self.trained.model, task.physical_rows)
         rows = _RowBook(task, stable=self.pinned.stable_row_ids)
         scorer = self._scorer(task)
-        blocks = self.pinned.blocks(self.column, task.fragment_ids, self.plan.spec.metric)
-        for positions, vectors in read_ahead(self._usable(blocks, rows), self.column.dim):
+        for positions, vectors in read_ahead(self._usable(self._blocks(task), rows), self.column.dim):
             prepare(vectors, self.plan.spec.metric)
             self._go_on()
             encoder.add(positions, vectors)
@@ -89,7 +91,20 @@ class EncodeJob:
             self.meter.add(len(positions), len(positions) * self.column.stored_row_bytes)
         encoder.finish()
         self.meter.add(task.physical_rows - encoder.indexed_rows)
-        return self._write(task, encoder, rows, self._check(encoder, scorer, rows))
+        check = self._check(encoder, scorer, rows) if len(self.trained.held_out.vectors) else None
+        return self._write(task, encoder, rows, check)
+
+    def _blocks(self, task: ShardTask) -> Generator[Block, None, None]:
+        metric = self.plan.spec.metric
+        if self.offsets.keys().isdisjoint(task.fragment_ids):
+            return self.pinned.blocks(self.column, task.fragment_ids, metric)
+        return self._parts(task)
+
+    def _parts(self, task: ShardTask) -> Generator[Block, None, None]:
+        for fragment_id in task.fragment_ids:
+            offsets = self.offsets.get(fragment_id)
+            with closing(self.pinned.rows(self.column, fragment_id, offsets, self.plan.spec.metric)) as blocks:
+                yield from blocks
 
     def _usable(
         self, blocks: Generator[Block, None, None], rows: _RowBook
@@ -133,13 +148,13 @@ class EncodeJob:
             np.stack([stage.final_distances for stage in stages]),
         )
 
-    def _write(self, task: ShardTask, encoder: ShardEncoder, rows: _RowBook, check: ShardCheck) -> ShardRecord:
+    def _write(self, task: ShardTask, encoder: ShardEncoder, rows: _RowBook, check: ShardCheck | None) -> ShardRecord:
         attempt = uuid.uuid4().hex[:12]
         stem = f"{self.plan.generation}/shard-{task.ordinal:05d}-{attempt}"
         index, refine = save_shard(
             encoder, self.store, (f"{stem}.faiss", f"{stem}.refine.faiss" if encoder.refine is not None else None)
         )
-        checked = save_arrays(self.store, f"{stem}.check.npz", **arrays_of(check))
+        checked = None if check is None else save_arrays(self.store, f"{stem}.check.npz", **arrays_of(check))
         record = ShardRecord(
             generation=self.plan.generation,
             ordinal=task.ordinal,
@@ -180,6 +195,7 @@ class _RowBook:
         self._firsts = {cover.fragment_id: (cover.first_position, cover.physical_rows) for cover in task.fragments}
         self._stable = stable
         self._runs: list[NDArray[np.uint64]] = []
+        self._updated: list[NDArray[np.uint64]] = []
         self._live: NDArray[np.bool_] = np.zeros(task.physical_rows, dtype=bool)
         self._null = self._non_finite = self._zero = 0
         self.indexed: NDArray[np.bool_] = np.zeros(task.physical_rows, dtype=bool)
@@ -200,6 +216,8 @@ class _RowBook:
         self._zero += block.zero
         if self._stable:
             self._runs.append(_runs(block.row_offsets + first, block.row_ids))
+        if self._stable and block.updated is not None:
+            self._updated.append(_constant_runs(block.row_offsets + first, block.updated))
         positions = block.offsets + first
         self.indexed[positions] = True
         return positions
@@ -222,6 +240,7 @@ class _RowBook:
             skipped=RunTable.of(_false_runs(self.indexed)),
             deleted=RunTable.of(_false_runs(self._live)),
             remap=None,
+            updated=RunTable.of(_joined_constants(self._updated)) if self._stable else None,
         )
 
 
@@ -244,6 +263,28 @@ def _joined_runs(parts: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
         return runs
     ends = runs[:-1, :2] + runs[:-1, 2:]
     goes_on = (ends == runs[1:, :2]).all(axis=1)
+    starts = np.flatnonzero(np.concatenate(([True], ~goes_on)))
+    joined: NDArray[np.uint64] = runs[starts].copy()
+    joined[:, 2] = np.add.reduceat(runs[:, 2], starts)
+    return joined
+
+
+def _constant_runs(positions: Int64Array, values: UInt64Array) -> NDArray[np.uint64]:
+    """Return ``(first position, value, length)`` of runs of neighbours with one value."""
+    if not len(positions):
+        return np.empty((0, 3), dtype=np.uint64)
+    breaks = np.flatnonzero((np.diff(positions) != 1) | (values[1:] != values[:-1])) + 1
+    starts = np.concatenate(([0], breaks))
+    lengths = np.diff(np.concatenate((starts, [len(positions)])))
+    return np.stack((positions[starts].astype(np.uint64), values[starts], lengths.astype(np.uint64)), axis=1)
+
+
+def _joined_constants(parts: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    """Join runs of one value that go on over the border of two blocks."""
+    runs = np.concatenate([np.empty((0, 3), dtype=np.uint64), *parts])
+    if len(runs) < 2:
+        return runs
+    goes_on = (runs[:-1, 0] + runs[:-1, 2] == runs[1:, 0]) & (runs[:-1, 1] == runs[1:, 1])
     starts = np.flatnonzero(np.concatenate(([True], ~goes_on)))
     joined: NDArray[np.uint64] = runs[starts].copy()
     joined[:, 2] = np.add.reduceat(runs[:, 2], starts)

@@ -102,7 +102,7 @@ def _attempt(work: Work[R], task: ShardTask, *, worker: str) -> R:
         raise TaskFailed(
             f"shard {task.ordinal} (fragments {_span(task.fragment_ids)}) failed on {worker}:"
             f" {type(exc).__name__}: {exc}",
-            remedy="Run the same create_index with resume=True once the cause is gone; finished shards are kept",
+            remedy="Run it again once the cause is gone; create_index keeps finished shards under resume=True",
             task=f"shard {task.ordinal}",
             fragments=task.fragment_ids,
             worker=worker,

@@ -12,10 +12,10 @@ import faiss
 import numpy as np
 
 from ..types import Float32Array, Int64Array
-from .factory import ivf_of, owned
+from .factory import inner_index, ivf_of, owned
 from .model import Model
 
-__all__ = ["ShardEncoder", "code_rows", "copy_index"]
+__all__ = ["ShardEncoder", "code_rows", "code_table", "copy_index"]
 
 # Of every 16th block so many rows go into the shard's training error: about 1 % of all.
 _ERROR_BLOCKS = 16
@@ -142,13 +142,20 @@ def list_sizes(index: Any) -> Int64Array | None:
     return np.array([lists.list_size(i) for i in range(int(ivf.nlist))], dtype=np.int64)
 
 
-def _allocate_codes(store: Any, rows: int) -> Any:
-    """Size a flat code table once, so that it never doubles, and return a writable view of it."""
-    code_bytes = int(store.sa_code_size())
-    store.codes.resize(rows * code_bytes)
-    store.ntotal = rows
+def code_table(store: Any) -> Any:
+    """Return the code table of a flat store as a writable view, uint8 ``(rows, code_bytes)``."""
+    table = inner_index(store)
+    rows, code_bytes = int(table.ntotal), int(table.sa_code_size())
     if not rows:
         return np.empty((0, code_bytes), dtype=np.uint8)
-    view = faiss.rev_swig_ptr(store.codes.data(), rows * code_bytes).reshape(rows, code_bytes)
+    return faiss.rev_swig_ptr(table.codes.data(), rows * code_bytes).reshape(rows, code_bytes)
+
+
+def _allocate_codes(store: Any, rows: int) -> Any:
+    """Size a flat code table once, so that it never doubles, and return a writable view of it."""
+    table = inner_index(store)
+    table.codes.resize(rows * int(table.sa_code_size()))
+    table.ntotal = store.ntotal = rows
+    view = code_table(store)
     view[:] = 0
     return view

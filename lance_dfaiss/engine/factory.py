@@ -32,12 +32,13 @@ class Capability:
     family : str
         ``"flat"``, ``"ivf"`` or ``"hnsw"``: which search parameters it takes.
     mergeable : bool
-        Whether shards merge into one index in RAM; otherwise they are searched one by one.
+        Whether shards merge into one index in RAM, and their rows can be rearranged into a new shard;
+        otherwise they are searched one by one, and encoded again.
     selector : bool
         Whether a search can be limited to some ids; always true for what is allowed.
     range : str
-        ``"exact"`` when a radius search returns what is inside the radius by its own codes,
-        ``"rescore"`` when its radius is only a hint.
+        By which distances a radius search goes without a refine store: ``"exact"`` by those that a search
+        gives, ``"rescore"`` by those of decoded codes, ``"none"``: it needs a refine store.
     reconstruct : bool
         Whether vectors can be decoded from the codes without a refine store.
     exact : bool
@@ -54,7 +55,7 @@ class Capability:
 
 _FLAT_CODES = Capability(family="flat", mergeable=True, selector=True, range="exact", reconstruct=True)
 _IVF = Capability(family="ivf", mergeable=True, selector=True, range="exact", reconstruct=True)
-_HNSW = Capability(family="hnsw", mergeable=False, selector=True, range="rescore", reconstruct=True)
+_HNSW = Capability(family="hnsw", mergeable=False, selector=True, range="exact", reconstruct=True)
 
 CAPABILITIES: Mapping[str, Capability] = {
     "IndexFlat": Capability(family="flat", mergeable=True, selector=True, range="exact", reconstruct=True, exact=True),
@@ -64,15 +65,13 @@ CAPABILITIES: Mapping[str, Capability] = {
     ),
     "IndexIVFScalarQuantizer": _IVF,
     "IndexIVFPQ": _IVF,
-    # The direct map of a fast-scan index is not usable: reconstruct by id ends the process (faiss 1.15.1).
-    "IndexIVFPQFastScan": Capability(family="ivf", mergeable=True, selector=True, range="rescore", reconstruct=False),
-    "IndexIVFRaBitQ": Capability(family="ivf", mergeable=True, selector=True, range="rescore", reconstruct=True),
+    "IndexIVFPQFastScan": Capability(family="ivf", mergeable=True, selector=True, range="rescore", reconstruct=True),
+    # One bit a dimension estimates distances well and vectors badly.
+    "IndexIVFRaBitQ": Capability(family="ivf", mergeable=True, selector=True, range="none", reconstruct=True),
     # It reconstructs something further from the vector than the centroid is (faiss 1.15.1).
-    "IndexIVFRaBitQFastScan": Capability(
-        family="ivf", mergeable=True, selector=True, range="rescore", reconstruct=False
-    ),
+    "IndexIVFRaBitQFastScan": Capability(family="ivf", mergeable=True, selector=True, range="none", reconstruct=False),
     "IndexHNSWFlat": Capability(
-        family="hnsw", mergeable=False, selector=True, range="rescore", reconstruct=True, exact=True
+        family="hnsw", mergeable=False, selector=True, range="exact", reconstruct=True, exact=True
     ),
     "IndexHNSWSQ": _HNSW,
 }

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import faiss
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import InvalidArgument
 from ..types import Float32Array, Int64Array
+from .blocks import block_layout, invlists_of, move_what_faiss_cannot
+from .decode import Decoder
 from .encoder import ShardEncoder, list_sizes
-from .factory import ivf_of
+from .factory import capability_of, faiss_metric, inner_index, ivf_of
+from .mask import Mask
 from .model import Model
+from .ranges import RangeSearcher, probed_lists
 
-__all__ = ["CodeStage", "Mask", "Segment", "merge_shards"]
+__all__ = ["CodeStage", "Probed", "Segment", "flat_segment", "merge_shards"]
 
 # From this many queries on, FAISS computes L2 by |x|^2 + |y|^2 - 2xy, which loses small distances.
 _BLAS_QUERIES = 20
@@ -32,26 +35,6 @@ _ROUNDED_UP = 1 + 2**-22
 
 # Kinds of search parameters kept ready per segment; a server sees a handful.
 _PARAMETER_CACHE = 64
-
-
-class Mask:
-    """Which positions of a segment may be returned.
-
-    Parameters
-    ----------
-    live : numpy.ndarray
-        bool ``(positions,)``.
-    """
-
-    def __init__(self, live: NDArray[np.bool_]) -> None:
-        self.live_rows = int(np.count_nonzero(live))
-        self._bits = np.packbits(live, bitorder="little")
-        self.selector = faiss.IDSelectorBitmap(len(live), faiss.swig_ptr(self._bits))
-
-    @property
-    def ram_bytes(self) -> int:
-        """Bytes of the bitmap."""
-        return int(self._bits.nbytes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,6 +56,26 @@ class CodeStage:
     final_distances: Float32Array
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Probed:
+    """Where a search looks.
+
+    Parameters
+    ----------
+    lists : numpy.ndarray or None
+        int64 ``(n_queries, nprobe)``, nearest centroid first; None without lists.
+    rows_scanned : numpy.ndarray
+        int64 ``(n_queries,)``: entries of those lists, masked ones included; every position of a flat
+        type; of a graph the ``ef`` rows it keeps (it compares more on its way).
+    seconds : float
+        Time to find the lists.
+    """
+
+    lists: Int64Array | None
+    rows_scanned: Int64Array
+    seconds: float
+
+
 class Segment:
     """One immutable FAISS index over consecutive positions.
 
@@ -89,15 +92,15 @@ class Segment:
     def __init__(self, model: Model, base: Any, refine: Any | None, positions: int) -> None:
         self.model = model
         self.positions = positions
-        self.capability = model.capability
+        self.capability = capability_of(base, model.spec.factory)
         self._base = base
         self._refine = refine
         self._searched = base if refine is None else _refined(base, refine)
         self._larger_is_closer = base.metric_type == faiss.METRIC_INNER_PRODUCT
         self._rescored = isinstance(base, faiss.IndexFlat) and not self._larger_is_closer
         self._parameters: dict[tuple[int, int, int, int], tuple[Any, Mask | None]] = {}
-        self._direct_map = False
-        self._direct_map_lock = threading.Lock()
+        self._decoder = Decoder(base, refine, self.capability, positions)
+        self._ranges = RangeSearcher(base, refine, self.capability, self._decoder)
 
     @classmethod
     def of_encoder(cls, encoder: ShardEncoder) -> Segment:
@@ -113,6 +116,16 @@ class Segment:
     def has_refine(self) -> bool:
         """Whether results are re-ranked from a refine store."""
         return self._refine is not None
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether `reconstruct` works: there is a refine store, or the codes can be decoded."""
+        return self._decoder.possible
+
+    @property
+    def can_range(self) -> bool:
+        """Whether `range_search` works: there are distances that can be compared with a radius."""
+        return self._ranges.possible
 
     @property
     def ram_bytes(self) -> int:
@@ -206,23 +219,80 @@ class Segment:
         Raises
         ------
         InvalidArgument
-            If neither can be decoded.
+            If neither can be decoded (see `can_decode`), or a position holds no vector.
         """
-        if self._refine is not None:
-            return self._refine.reconstruct_batch(positions)  # type: ignore[no-any-return]
-        if not self.capability.reconstruct:
+        if not self.can_decode:
             raise InvalidArgument(
                 f"{self.model.spec.factory} cannot decode its vectors",
                 remedy="Build the index with a refine store, such as refine='sq8'",
                 parameter="refine",
                 value=None,
             )
+        return self._decoder.decode(positions)
+
+    def range_search(
+        self, queries: Float32Array, radius: float, *, nprobe: int, mask: Mask | None = None
+    ) -> tuple[Int64Array, Float32Array, Int64Array]:
+        """Return everything inside a radius, by the best distances there are.
+
+        With a refine store those are its distances, and every row of the probed lists is compared.
+        Without one they are those of the codes. A graph is not walked: all its rows are compared.
+
+        Parameters
+        ----------
+        queries : numpy.ndarray
+            float32 ``(n_queries, dim)``, C-contiguous, prepared.
+        radius : float
+            Raw: inside is a squared distance below it, otherwise a similarity above it. Any value;
+            nothing is inside NaN.
+        nprobe : int
+            Lists looked into by IVF types, ignored by others.
+        mask : Mask, optional
+            Positions that may be returned.
+
+        Returns
+        -------
+        tuple of (numpy.ndarray, numpy.ndarray, numpy.ndarray)
+            Limits int64 ``(n_queries + 1,)``: query ``i`` found what lies from ``limits[i]`` to
+            ``limits[i + 1]``. Raw distances float32 and positions int64, best first, equal ones in order
+            of position.
+
+        Raises
+        ------
+        InvalidArgument
+            If the codes give no distances to go by and there is no refine store (see `can_range`).
+        """
+        if not self.can_range:
+            raise InvalidArgument(
+                f"{self.model.spec.factory} cannot search by radius: the distances of its codes are estimates",
+                remedy="Build the index with a refine store, such as refine='sq8'",
+                parameter="refine",
+                value=None,
+            )
+        return self._ranges.search(queries, radius, nprobe, mask)
+
+    def probe(self, queries: Float32Array, nprobe: int, *, ef: int) -> Probed:
+        """Return where a search with these widths looks.
+
+        Parameters
+        ----------
+        queries : numpy.ndarray
+            float32 ``(n_queries, dim)``, C-contiguous, prepared.
+        nprobe, ef : int
+            As given to `search`.
+        """
+        started = time.perf_counter()
         ivf = ivf_of(self._base)
-        with self._direct_map_lock:
-            if ivf is not None and not self._direct_map:
-                ivf.set_direct_map_type(faiss.DirectMap.Hashtable)
-                self._direct_map = True
-        return self._base.reconstruct_batch(positions)  # type: ignore[no-any-return]
+        if ivf is None:
+            rows = min(ef, self.positions) if self.capability.family == "hnsw" else self.positions
+            scanned = np.full(len(queries), rows, dtype=np.int64)
+            return Probed(lists=None, rows_scanned=scanned, seconds=time.perf_counter() - started)
+        lists = probed_lists(self._base, queries, nprobe)[1]
+        seconds = time.perf_counter() - started
+        numbers, places = np.unique(lists, return_inverse=True)
+        sizes = [0 if number < 0 else int(ivf.invlists.list_size(number)) for number in numbers.tolist()]
+        scanned = np.array(sizes, dtype=np.int64)[places.reshape(lists.shape)].sum(axis=1)
+        return Probed(lists=lists, rows_scanned=scanned, seconds=seconds)
 
     def list_sizes(self) -> Int64Array | None:
         """Rows in each IVF list, int64 ``(num_partitions,)``; None without lists."""
@@ -271,6 +341,22 @@ class Segment:
         return finals
 
 
+def flat_segment(model: Model, vectors: Float32Array) -> Segment:
+    """Return an exact segment over vectors, with the metric of a model.
+
+    Parameters
+    ----------
+    model : Model
+        Whose metric is used; its type plays no part.
+    vectors : numpy.ndarray
+        float32 ``(n, dim)``, C-contiguous, prepared; copied. May have no rows: nothing is found then.
+    """
+    base = faiss.IndexFlat(model.spec.dim, faiss_metric(model.spec.metric))
+    if len(vectors):
+        base.add(vectors)
+    return Segment(model, base, None, len(vectors))
+
+
 def merge_shards(
     model: Model, shards: Iterable[tuple[Any, Any | None, int]], *, positions: int = 0
 ) -> list[tuple[int, Segment]]:
@@ -302,10 +388,12 @@ def merge_shards(
         return segments
     source = iter(shards)
     base, refine, first = next(source)
+    layout = block_layout(base)
     _reserve(base, positions)
     _reserve(refine, positions)
     for other, other_refine, rows in source:
-        _move_whole_blocks(base, other, first)
+        if layout is not None:
+            move_what_faiss_cannot(invlists_of(ivf_of(base)), invlists_of(ivf_of(other)), layout, first)
         base.merge_from(other, first if ivf_of(base) is not None else 0)
         if refine is not None:
             refine.merge_from(other_refine, 0)
@@ -317,38 +405,11 @@ def merge_shards(
     return [(0, Segment(model, base, refine, first))]
 
 
-def _move_whole_blocks(base: Any, other: Any, first: int) -> None:
-    """Move those fast-scan lists that `merge_from` would write past the end of.
-
-    Where a list's rows are a multiple of ``block_size`` (a number of bytes, but compared with rows), FAISS
-    1.15.1 copies as many bytes as the merged list has, to the end of it: the heap behind is overwritten.
-    The rest of the merge finds these lists empty in ``other``.
-    """
-    ivf = ivf_of(base)
-    if ivf is None or not isinstance(faiss.downcast_InvertedLists(ivf.invlists), faiss.BlockInvertedLists):
-        return
-    lists = faiss.downcast_InvertedLists(ivf.invlists)
-    others = faiss.downcast_InvertedLists(ivf_of(other).invlists)  # type: ignore[union-attr]
-    block, per_block = int(lists.block_size), int(lists.n_per_block)
-    for number in range(int(lists.nlist)):
-        held, more = int(lists.list_size(number)), int(others.list_size(number))
-        if not held or not more or held % block:
-            continue
-        lists.resize(number, held + more)
-        ids = faiss.rev_swig_ptr(lists.get_ids(number), held + more)
-        ids[held:] = faiss.rev_swig_ptr(others.get_ids(number), more) + first
-        # A multiple of block_size is one of per_block too, so the other list's blocks fit as they are.
-        start, length = held // per_block * block, -(-more // per_block) * block
-        faiss.rev_swig_ptr(lists.get_codes(number), start + length)[start:] = faiss.rev_swig_ptr(
-            others.get_codes(number), length
-        )
-        others.resize(number, 0)
-
-
 def _reserve(store: Any | None, rows: int) -> None:
     """Take a flat code table's memory in one piece, so that merging never doubles it."""
-    if store is None or not hasattr(store, "codes"):
+    if store is None or ivf_of(store) is not None:
         return
+    store = inner_index(store)
     used = int(store.codes.size())
     store.codes.resize(max(rows * int(store.sa_code_size()), used))
     store.codes.resize(used)

@@ -8,6 +8,7 @@ document                  what it says
 `ShardRecord`             what one shard task has written, and the rows it covers
 `Manifest`                what a generation consists of
 `Pointer`                 which generation of an index is current; kept in the dataset's metadata
+`LeaseDocument`           until when a builder works on a generation
 ========================  =====================================================================
 
 `encode` writes any of them, ``decode_...`` reads one kind. Both validate: a document that breaks its
@@ -26,9 +27,12 @@ from .cover import (
     FragmentSignatureJSON,
     Remap,
     RemapJSON,
+    RemapTarget,
+    RemapTargetJSON,
 )
 from .documents import (
     Document,
+    decode_lease,
     decode_manifest,
     decode_model_record,
     decode_plan,
@@ -37,6 +41,7 @@ from .documents import (
     encode,
 )
 from .files import FileEntry, FileEntryJSON, Reference, ReferenceJSON, root_digest
+from .lease import LeaseDocument, LeaseDocumentJSON
 from .manifest import (
     BuildStatistics,
     BuildStatisticsJSON,
@@ -84,6 +89,8 @@ __all__ = [
     "FragmentCoverJSON",
     "FragmentSignature",
     "FragmentSignatureJSON",
+    "LeaseDocument",
+    "LeaseDocumentJSON",
     "Manifest",
     "ManifestJSON",
     "ModelEntry",
@@ -100,6 +107,8 @@ __all__ = [
     "ReferenceJSON",
     "Remap",
     "RemapJSON",
+    "RemapTarget",
+    "RemapTargetJSON",
     "ResolvedSpecJSON",
     "RunTable",
     "RunTableJSON",
@@ -113,6 +122,7 @@ __all__ = [
     "SkipCounts",
     "SkipCountsJSON",
     "check_cover_disjoint",
+    "decode_lease",
     "decode_manifest",
     "decode_model_record",
     "decode_plan",

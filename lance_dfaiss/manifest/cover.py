@@ -20,12 +20,15 @@ __all__ = [
     "FragmentSignatureJSON",
     "Remap",
     "RemapJSON",
+    "RemapTarget",
+    "RemapTargetJSON",
     "check_fragments",
 ]
 
 _ROW_ID_COLUMNS = 3
 _SKIPPED_COLUMNS = 2
 _REMAP_COLUMNS = 4
+_UPDATED_COLUMNS = 3
 
 
 class FragmentSignatureJSON(TypedDict):
@@ -44,22 +47,38 @@ class FragmentCoverJSON(TypedDict):
     signature: FragmentSignatureJSON
 
 
-class RemapJSON(TypedDict):
-    """Stored form of a `Remap`."""
+class RemapTargetJSON(TypedDict):
+    """Stored form of a `RemapTarget`."""
 
+    fragment_id: int
+    physical_rows: int
+    signature: FragmentSignatureJSON
+
+
+class _FirstRemapJSON(TypedDict):
     version: int
     runs: RunTableJSON
 
 
-class CoverJSON(TypedDict):
-    """Stored form of a `Cover`."""
+class RemapJSON(_FirstRemapJSON, total=False):
+    """Stored form of a `Remap`."""
 
+    fragments: list[RemapTargetJSON]
+
+
+class _FirstCoverJSON(TypedDict):
     physical_rows: int
     fragments: list[FragmentCoverJSON]
     row_ids: RunTableJSON | None
     skipped: RunTableJSON
     deleted: RunTableJSON
     remap: RemapJSON | None
+
+
+class CoverJSON(_FirstCoverJSON, total=False):
+    """Stored form of a `Cover`."""
+
+    updated: RunTableJSON | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +156,43 @@ class FragmentCover:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RemapTarget:
+    """A fragment that rows were moved to.
+
+    Parameters
+    ----------
+    fragment_id : int
+        Lance's.
+    physical_rows : int
+        Rows in the fragment's files.
+    signature : FragmentSignature
+        The fragment right after the compaction.
+    """
+
+    fragment_id: int
+    physical_rows: int
+    signature: FragmentSignature
+
+    def to_json(self) -> RemapTargetJSON:
+        """Return the stored form."""
+        return {
+            "fragment_id": self.fragment_id,
+            "physical_rows": self.physical_rows,
+            "signature": self.signature.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, value: object, place: Place) -> RemapTarget:
+        """Parse the stored form, reporting problems to the place."""
+        fields = Fields(value, place, shape=RemapTargetJSON)
+        return cls(
+            fragment_id=fields.get("fragment_id", integer),
+            physical_rows=fields.get("physical_rows", integer),
+            signature=fields.get("signature", FragmentSignature.from_json),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Remap:
     """Where compactions have moved the rows of a shard.
 
@@ -146,20 +202,33 @@ class Remap:
         Dataset version at which this was proven.
     runs : RunTable
         Width 4: first position, fragment id, first offset in the fragment, length in rows.
+    fragments : tuple of RemapTarget
+        The fragments that the runs name. Runs into any other fragment prove nothing.
     """
 
     version: int
     runs: RunTable
+    fragments: tuple[RemapTarget, ...] = ()
 
     def to_json(self) -> RemapJSON:
         """Return the stored form."""
-        return {"version": self.version, "runs": self.runs.to_json()}
+        stored: RemapJSON = {"version": self.version, "runs": self.runs.to_json()}
+        if self.fragments:
+            stored["fragments"] = [fragment.to_json() for fragment in self.fragments]
+        return stored
 
     @classmethod
     def from_json(cls, value: object, place: Place) -> Remap:
         """Parse the stored form, reporting problems to the place."""
         fields = Fields(value, place, shape=RemapJSON)
-        return cls(version=fields.get("version", positive), runs=fields.get("runs", run_table(_REMAP_COLUMNS)))
+        remap = cls(
+            version=fields.get("version", positive),
+            runs=fields.get("runs", run_table(_REMAP_COLUMNS)),
+            fragments=fields.get("fragments", each(RemapTarget.from_json)),
+        )
+        if fields.clean:
+            distinct([fragment.fragment_id for fragment in remap.fragments], place.at("fragments"), what="fragment")
+        return remap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,10 +246,12 @@ class Cover:
     skipped : RunTable
         Width 2: first position, length in rows; the rows that have no entry in the index.
     deleted : RunTable
-        Width 2, as ``skipped`` and part of it: the rows that were deleted when the shard was encoded. Should one
-        of them be live again (a version was restored), its fragment is not covered.
+        Width 2, as ``skipped`` and part of it: the rows that the shard does not cover. They were deleted when it was
+        encoded, and may live again in a version that was restored; or another shard holds them.
     remap : Remap or None
         None until a compaction has moved rows.
+    updated : RunTable or None
+        Width 3: first position, version that last wrote the row, length in rows. None without stable row ids.
     """
 
     physical_rows: int
@@ -189,6 +260,7 @@ class Cover:
     skipped: RunTable
     deleted: RunTable
     remap: Remap | None
+    updated: RunTable | None = None
 
     @property
     def fragment_ids(self) -> tuple[int, ...]:
@@ -202,7 +274,7 @@ class Cover:
 
     def to_json(self) -> CoverJSON:
         """Return the stored form."""
-        return {
+        stored: CoverJSON = {
             "physical_rows": self.physical_rows,
             "fragments": [fragment.to_json() for fragment in self.fragments],
             "row_ids": None if self.row_ids is None else self.row_ids.to_json(),
@@ -210,6 +282,9 @@ class Cover:
             "deleted": self.deleted.to_json(),
             "remap": None if self.remap is None else self.remap.to_json(),
         }
+        if self.updated is not None:
+            stored["updated"] = self.updated.to_json()
+        return stored
 
     @classmethod
     def from_json(cls, value: object, place: Place) -> Cover:
@@ -222,6 +297,7 @@ class Cover:
             skipped=fields.get("skipped", run_table(_SKIPPED_COLUMNS)),
             deleted=fields.get("deleted", run_table(_SKIPPED_COLUMNS)),
             remap=fields.get("remap", optional(Remap.from_json)),
+            updated=fields.get("updated", optional(run_table(_UPDATED_COLUMNS))),
         )
         if fields.clean:
             cover._check(place)
@@ -236,6 +312,8 @@ class Cover:
         _check_inside(self.deleted, self.skipped, place.at("deleted"))
         if self.row_ids is not None:
             _check_row_ids(self.row_ids, place.at("row_ids"), self.physical_rows)
+        if self.updated is not None:
+            _check_positions(self.updated, place.at("updated"), self.physical_rows)
         if self.remap is not None:
             _check_remap(self.remap.runs, place.at("remap").at("runs"), self.physical_rows)
 

@@ -1,4 +1,4 @@
-"""The five kinds of stored documents, to bytes and back."""
+"""The six kinds of stored documents, to bytes and back."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from typing import TypeAlias
 
 from .build_plan import BuildPlan
 from .codec import read_document, write_document
+from .lease import LeaseDocument
 from .manifest import Manifest
 from .pointer import Pointer
 from .records import ModelRecord, ShardRecord
 
 __all__ = [
     "Document",
+    "decode_lease",
     "decode_manifest",
     "decode_model_record",
     "decode_plan",
@@ -20,7 +22,7 @@ __all__ = [
     "encode",
 ]
 
-Document: TypeAlias = Manifest | ShardRecord | ModelRecord | BuildPlan | Pointer
+Document: TypeAlias = Manifest | ShardRecord | ModelRecord | BuildPlan | Pointer | LeaseDocument
 
 
 def encode(document: Document) -> bytes:
@@ -28,7 +30,7 @@ def encode(document: Document) -> bytes:
 
     Parameters
     ----------
-    document : Manifest, ShardRecord, ModelRecord, BuildPlan or Pointer
+    document : Manifest, ShardRecord, ModelRecord, BuildPlan, Pointer or LeaseDocument
         It is validated as it would be on reading.
 
     Raises
@@ -72,3 +74,8 @@ def decode_plan(data: bytes, *, location: str) -> BuildPlan:
 def decode_pointer(data: bytes, *, location: str) -> Pointer:
     """Return the pointer that the bytes hold; raises as `decode_manifest`."""
     return read_document(data, parse=Pointer.from_json, location=location)
+
+
+def decode_lease(data: bytes, *, location: str) -> LeaseDocument:
+    """Return the lease that the bytes hold; raises as `decode_manifest`."""
+    return read_document(data, parse=LeaseDocument.from_json, location=location)

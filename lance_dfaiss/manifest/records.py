@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Final, TypedDict
 
+import numpy as np
+
 from lance_dfaiss.errors import CoverOverlap
 from lance_dfaiss.types import FORMAT_VERSION, METRICS, Metric
 
 from .codec import canonical_json
-from .cover import Cover, CoverJSON
+from .cover import Cover, CoverJSON, FragmentCover, FragmentSignature
 from .files import FileEntry, FileEntryJSON
 from .validation import (
     Fields,
@@ -431,7 +433,10 @@ class ModelRecord:
 
 
 def check_cover_disjoint(records: Iterable[ShardRecord]) -> None:
-    """Check that no fragment is covered by two shards.
+    """Check that no row is covered by two shards.
+
+    Two shards may share a fragment: each leaves the rows of the other out (`Cover.deleted`). A fragment
+    whose vectors were rewritten in place has another signature, and is another one here.
 
     Parameters
     ----------
@@ -441,24 +446,38 @@ def check_cover_disjoint(records: Iterable[ShardRecord]) -> None:
     Raises
     ------
     CoverOverlap
-        Naming the fragments that more than one shard claims.
+        Naming the fragments of which more than one shard claims a row.
     """
-    owners: dict[int, ShardRecord] = {}
+    claims: dict[tuple[int, FragmentSignature], list[tuple[ShardRecord, FragmentCover]]] = {}
+    for record in records:
+        for fragment in record.cover.fragments:
+            claims.setdefault((fragment.fragment_id, fragment.signature), []).append((record, fragment))
     claimed: set[int] = set()
     location = ""
-    for record in records:
-        for fragment_id in record.cover.fragment_ids:
-            owner = owners.setdefault(fragment_id, record)
-            if owner is not record:
-                claimed.add(fragment_id)
-                location = location or f"{owner.index.name} and {record.index.name}"
+    for (fragment_id, _), sharers in claims.items():
+        if len(sharers) > 1 and _overlap(sharers):
+            claimed.add(fragment_id)
+            location = location or " and ".join(record.index.name for record, _ in sharers[:2])
     if claimed:
         fragments = tuple(sorted(claimed))
         named = ", ".join(map(str, fragments[:_NAMED_FRAGMENTS]))
         more = f" and {len(fragments) - _NAMED_FRAGMENTS} more" if len(fragments) > _NAMED_FRAGMENTS else ""
         raise CoverOverlap(
-            f"expected each fragment in one shard, found fragments {named}{more} in several, first in {location}",
+            f"expected each row in one shard, found fragments {named}{more} in several, first in {location}",
             remedy="Rebuild the index: its shards do not belong together",
             location=location,
             fragments=fragments,
         )
+
+
+def _overlap(sharers: list[tuple[ShardRecord, FragmentCover]]) -> bool:
+    """Tell whether a row of one fragment is covered twice."""
+    taken = np.zeros(max(fragment.physical_rows for _, fragment in sharers), dtype=np.int64)
+    for record, fragment in sharers:
+        rows = np.ones(fragment.physical_rows, dtype=np.int64)
+        first, end = fragment.first_position, fragment.first_position + fragment.physical_rows
+        for start, length in record.cover.deleted.rows.tolist():
+            if start < end and start + length > first:
+                rows[max(start - first, 0) : start + length - first] = 0
+        taken[: len(rows)] += rows
+    return bool((taken > 1).any())

@@ -112,7 +112,8 @@ class Fields:
     place : Place
         Where it lies.
     shape : type
-        The ``TypedDict`` whose keys the object must have.
+        The ``TypedDict`` whose keys the object must have; those that are not total may be missing, because
+        documents written before they were thought of have none.
     """
 
     __slots__ = ("_members", "_place", "_problems_before")
@@ -127,7 +128,7 @@ class Fields:
         self._members = value
         known = shape.__annotations__
         for key in known:
-            if key not in value:
+            if key not in value and key not in shape.__optional_keys__:  # type: ignore[attr-defined]
                 place.report(f"key {shown(key)} is missing")
         for key, member in value.items():
             if key not in known and not _may_be_ignored(member):
@@ -136,7 +137,7 @@ class Fields:
     def get(self, key: str, parse: Parser[T]) -> T:
         """Return the parsed member; a stand-in if it is missing or wrong."""
         if key not in self._members:
-            # Reported as missing already: only the stand-in is wanted, not problems of its parts.
+            # Reported as missing already, or may be: only the stand-in is wanted, not problems of its parts.
             return parse(None, Place())
         return parse(self._members[key], self._place.at(key))
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ..engine import Mask, Segment, prepare
 from ..errors import InvalidArgument, StorageError
-from ..lance_io import LanceDataset, PinnedDataset, open_dataset
+from ..lance_io import ColumnsInMemory, LanceDataset, PinnedDataset, open_dataset
 from ..manifest import Manifest, SkipCounts
-from ..merge import merge_topk, order_ties
 from ..pointers import find_pointer
 from ..progress import PhaseMeter, Progress, SilentProgress
 from ..spec import SearchOptions
@@ -27,15 +26,27 @@ from ..types import (
     ROW_ID_COLUMN,
     Float32Array,
     Int64Array,
-    Metric,
     UInt64Array,
 )
 from ..vectors import as_queries
-from .load import Generation, load_segments, read_generation
+from .arguments import (
+    MAX_RESULTS,
+    OWN_COLUMNS,
+    checked_columns,
+    checked_filter,
+    checked_k,
+    checked_radius,
+    checked_row_ids,
+    padded,
+    too_many_results,
+)
+from .load import Generation, in_order, load_segments, read_generation, reusable
 from .resolve import resolve_generation
-from .snapshot import Snapshot
+from .tail import MAX_TAIL_BYTES, MAX_TAIL_ROWS, TailLimits
+from .trace import Explanation, Trace
+from .view import View, Widths, default_widths
 
-__all__ = ["Index", "IndexStats", "open_index"]
+__all__ = ["Index", "IndexStats", "open_index", "open_view"]
 
 _log = logging.getLogger(__name__)
 
@@ -43,21 +54,6 @@ _log = logging.getLogger(__name__)
 _FALLBACK_NPROBE = 32
 _FALLBACK_EF = 64
 _FALLBACK_K_FACTOR = 8
-
-# Results of one call over all its queries: 24 GiB of distances and row ids.
-_MAX_RESULTS = 2**31
-
-# Columns that an answer has anyway.
-_OWN_COLUMNS = (ROW_ID_COLUMN, DISTANCE_COLUMN)
-
-
-class _Widths(NamedTuple):
-    """Search widths with nothing left open; ``fixed`` when the caller named how far to look."""
-
-    nprobe: int
-    ef: int
-    k_factor: int
-    fixed: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,14 +71,20 @@ class IndexStats:
     generation : str
         Its generation.
     indexed_rows, masked_rows, live_rows : int
-        Rows with an entry, those deleted since, and those that can be found.
+        Rows with an entry, those deleted or changed since, and those that can be found in the index.
+    mapped_rows : int
+        Live rows that compactions moved to other fragments than they were indexed from.
+    unsaved_rows : int
+        Those whose way no file of the index tells: `sync_index` writes it down, before Lance's cleanup loses it.
+    tail_rows : int
+        Rows of the version that are not indexed, and are searched one by one.
     skipped : SkipCounts
         Rows without an entry, by reason.
     shards, segments : int
         Shards stored, and FAISS indexes they became in RAM.
     ram_bytes : int
-        Codes, ids, graph, centroids, masks and row-id runs, once the index is open. While it opens, about
-        the largest shard is in RAM beside them, and what the allocator keeps between.
+        Codes, ids, graph, centroids, masks, row-id runs, tail and filters in use, once the index is open. While it
+        opens, about the largest shard is in RAM beside them, and what the allocator keeps between.
     list_imbalance : float or None
         Rows of the fullest IVF list over the mean.
     recall : float or None
@@ -101,6 +103,9 @@ class IndexStats:
     indexed_rows: int
     masked_rows: int
     live_rows: int
+    mapped_rows: int
+    unsaved_rows: int
+    tail_rows: int
     skipped: SkipCounts
     shards: int
     segments: int
@@ -114,6 +119,9 @@ def open_index(
     dataset: str | os.PathLike[str] | LanceDataset,
     name: str | None = None,
     *,
+    filter_columns: Sequence[str] = (),
+    max_tail_rows: int = MAX_TAIL_ROWS,
+    max_tail_bytes: int = MAX_TAIL_BYTES,
     index_uri: str | None = None,
     allowed_index_uris: Sequence[str] = (),
     storage_options: Mapping[str, str] | None = None,
@@ -127,6 +135,10 @@ def open_index(
         The dataset; a string opens the newest version.
     name : str, optional
         Index name; may be left out when the dataset has one index.
+    filter_columns : sequence of str
+        Columns to keep in RAM, so that filters over them need not read the dataset.
+    max_tail_rows, max_tail_bytes : int
+        Rows outside the index, and bytes of their vectors as float32, that a search reads into RAM at the most.
     index_uri : str, optional
         Where an index of a dataset that cannot be written was built; it is trusted.
     allowed_index_uris : sequence of str
@@ -147,84 +159,172 @@ def open_index(
     CorruptIndex
         If anything stored is missing, damaged, or of a newer format.
     DatasetChanged
-        If this version holds rows that the index does not cover.
+        If this version does not have the vector column any more.
+    UnknownColumn
+        If a filter column does not exist.
     UntrustedLocation
         If the pointer leads to a place that was not allowed.
     """
+    limits = TailLimits(
+        rows=_limit("max_tail_rows", max_tail_rows), length_bytes=_limit("max_tail_bytes", max_tail_bytes)
+    )
     pinned = PinnedDataset(open_dataset(dataset, storage_options=storage_options))
     found = find_pointer(pinned, name, index_uri)
     allowed = tuple(allowed_index_uris) + (() if index_uri is None else (index_uri,))
     generation = read_generation(pinned, found, allowed)
-    snapshot = resolve_generation(pinned, generation)
+    columns = ColumnsInMemory(pinned, filter_columns) if filter_columns else None
+    view = open_view(pinned, generation, limits, columns=columns, progress=progress)
+    _log.info("index %r: generation %s open at version %d", found.name, generation.manifest.generation, pinned.version)
+    return Index(view, limits, index_uri=index_uri, allowed=allowed, columns=columns)
+
+
+def open_view(
+    pinned: PinnedDataset,
+    generation: Generation,
+    limits: TailLimits,
+    *,
+    columns: ColumnsInMemory | None = None,
+    before: View | None = None,
+    progress: Progress | None = None,
+) -> View:
+    """Resolve a generation at a version, and load the shards that are not in RAM yet.
+
+    Parameters
+    ----------
+    pinned : PinnedDataset
+        The version.
+    generation : Generation
+        Its documents.
+    limits : TailLimits
+        What a search may read beside the index.
+    columns : ColumnsInMemory, optional
+        Filter columns of this version.
+    before : View, optional
+        Of another version or generation of the same index; what both have is shared.
+    progress : Progress, optional
+        Listener.
+    """
+    held = [] if before is None else reusable(generation, before.loaded)
+    records = in_order(generation, held)
+    resolution = resolve_generation(
+        pinned, generation, records=records, before=None if before is None else before.resolution
+    )
+    waiting = records[sum(len(loaded.shards) for loaded in held) :]
     meter = PhaseMeter(
         SilentProgress() if progress is None else progress,
         "load",
-        sum(record.cover.physical_rows for record in generation.records),
+        sum(record.cover.physical_rows for record in waiting),
     )
-    segments = load_segments(generation, meter)
+    loaded = load_segments(generation, meter, held)
     meter.finish()
-    _log.info("index %r: generation %s open at version %d", found.name, generation.manifest.generation, pinned.version)
-    return Index(pinned, generation, snapshot, segments)
+    source = None if columns is None else columns.matching
+    return View(pinned, generation, resolution, loaded, limits, columns=source, before=before)
 
 
 class Index:
     """A FAISS index in RAM over one version of a dataset. Made by `open_index`; safe to use from many threads.
 
-    Nothing about it changes after it was opened: the same query gets the same answer.
+    The same query gets the same answer until `refresh` moves it to another version.
     """
 
     def __init__(
-        self, pinned: PinnedDataset, generation: Generation, snapshot: Snapshot, segments: list[tuple[int, Segment]]
+        self,
+        view: View,
+        limits: TailLimits | None = None,
+        *,
+        index_uri: str | None = None,
+        allowed: Sequence[str] = (),
+        columns: ColumnsInMemory | None = None,
     ) -> None:
-        self._pinned = pinned
-        self._generation = generation
-        self._snapshot = snapshot
-        self._segments = [(first, segment, _mask(snapshot, first, segment)) for first, segment in segments]
-        spec = generation.manifest.spec
-        self._metric: Metric = spec.metric
-        self._dim = spec.dim
-        # A search inside takes no more results than there are; at least one, as FAISS wants.
-        self._most = max(snapshot.live_rows, 1)
-        self._family = segments[0][1].capability.family
-        self._refined = segments[0][1].has_refine
-        self._defaults = _defaults(generation.manifest)
-        self._default_widths = _Widths(
-            self._defaults.nprobe or 1, self._defaults.ef or 1, self._defaults.k_factor or 1, fixed=False
-        )
+        self._view = view
+        self._limits = TailLimits() if limits is None else limits
+        self._index_uri = index_uri
+        self._allowed = tuple(allowed)
+        self._columns = columns
+        self._moving = threading.Lock()
+        self._settle(view)
+
+    def _settle(self, view: View) -> None:
+        # What a search reads is set in one step each, the view last: it takes the view once and then asks that.
+        self._defaults = _defaults(view.generation.manifest)
+        self._default_widths = default_widths(self._defaults)
+        self._view = view
 
     def __repr__(self) -> str:
+        view = self._view
+        spec = view.generation.manifest.spec
         return (
-            f"Index({self.name!r}, {self._generation.manifest.spec.factory!r}, {self._metric!r},"
-            f" rows={self._snapshot.live_rows}, version={self._snapshot.version})"
+            f"Index({self.name!r}, {spec.factory!r}, {spec.metric!r}, rows={view.rows}, version={view.pinned.version})"
         )
 
     def __len__(self) -> int:
-        """Count the rows that can be found."""
-        return self._snapshot.live_rows
+        """Count the rows that can be found, those outside the index included."""
+        return self._view.rows
+
+    @property
+    def view(self) -> View:
+        """What it answers from, now."""
+        return self._view
 
     @property
     def name(self) -> str:
         """Name of the index."""
-        return self._generation.manifest.name
+        return self._view.generation.manifest.name
 
     @property
     def manifest(self) -> Manifest:
         """What was built, as stored."""
-        return self._generation.manifest
+        return self._view.generation.manifest
 
     @property
     def version(self) -> int:
         """Dataset version that answers are true to."""
-        return self._snapshot.version
+        return self._view.pinned.version
+
+    def refresh(self) -> bool:
+        """Move to the newest version of the dataset and the index's newest generation.
+
+        Only what is new is read: shards that are not in RAM, rows added to the tail, deletions that changed.
+        Searches that run meanwhile finish on the version they began with.
+
+        Returns
+        -------
+        bool
+            Whether there was anything newer.
+
+        Raises
+        ------
+        IndexNotFound, CorruptIndex, DatasetChanged, UntrustedLocation
+            As `open_index` does; the index stays where it was.
+        """
+        with self._moving:
+            view = self._view
+            newest = view.pinned.latest()
+            found = find_pointer(newest, self.name, self._index_uri)
+            generation = view.generation
+            if found.text != generation.found.text:
+                generation = read_generation(newest, found, self._allowed)
+            elif newest.version == view.pinned.version:
+                return False
+            columns = None if self._columns is None else self._columns.at(newest)
+            self._settle(open_view(newest, generation, self._limits, columns=columns, before=view))
+            self._columns = columns
+            _log.debug(
+                "index %r: now at version %d, generation %s", self.name, newest.version, generation.manifest.generation
+            )
+            return True
 
     def knn(
         self,
         queries: Any,
         k: int = 10,
         *,
+        filter: str | None = None,
         nprobe: int | None = None,
         ef: int | None = None,
         k_factor: int | None = None,
+        include_tail: bool = True,
+        fast_search: bool = False,
     ) -> tuple[Float32Array, UInt64Array]:
         """Find the nearest rows, as arrays.
 
@@ -234,6 +334,9 @@ class Index:
             ``(dim,)`` or ``(n_queries, dim)``, any number type.
         k : int
             Results per query; ``n_queries * k`` at most 2**31.
+        filter : str, optional
+            Lance's SQL: only rows that match are looked for, and ``min(k, matches)`` are found. Few matches are
+            compared one by one; for many, wider searches make up for what does not match.
         nprobe : int, optional
             IVF lists to search; more is slower and finds more. Default: measured when the index was built,
             and all of them for a query that would get fewer than ``min(k, live rows)`` results.
@@ -241,6 +344,10 @@ class Index:
             HNSW search width.
         k_factor : int, optional
             Candidates per result that are re-ranked from the refine store.
+        include_tail : bool
+            Search rows that are not indexed yet too, exactly.
+        fast_search : bool
+            Lance's name for leaving them out.
 
         Returns
         -------
@@ -255,23 +362,34 @@ class Index:
             If a query has the wrong dimension, is not finite, or is zero under cosine.
         InvalidArgument
             If k or a width is out of range or means nothing to this index.
+        InvalidFilter, UnknownColumn
+            If Lance cannot use the filter; its message is kept.
+        TailTooLarge
+            If more rows are not indexed than the index was opened to read.
         """
-        array, _ = as_queries(queries, self._dim, self._metric)
-        k = _checked_k(k)
-        if len(array) * k > _MAX_RESULTS:
-            raise _too_many_results(len(array), k)
-        distances, row_ids = self._knn(array, k, self._widths(nprobe, ef, k_factor))
-        return (distances, row_ids) if k <= self._most else _padded(distances, row_ids, k)
+        view = self._view
+        array, _ = as_queries(queries, view.model.spec.dim, view.metric)
+        k = checked_k(k)
+        if len(array) * k > MAX_RESULTS:
+            raise too_many_results(len(array), k)
+        widths = self._widths(view, nprobe, ef, k_factor)
+        selection = view.select(checked_filter(filter), include_tail=include_tail and not fast_search)
+        distances, row_ids = view.knn(array, k, widths, selection)
+        return (distances, row_ids) if distances.shape[1] == k else padded(distances, row_ids, k)
 
     def search(
         self,
         query: Any,
         k: int = 10,
         *,
+        filter: str | None = None,
         columns: Sequence[str] | Mapping[str, str] | None = None,
         nprobe: int | None = None,
         ef: int | None = None,
         k_factor: int | None = None,
+        include_tail: bool = True,
+        fast_search: bool = False,
+        with_vectors: bool = False,
     ) -> pa.Table:
         """Find the nearest rows, as a table like ``dataset.to_table(nearest=...)`` returns it.
 
@@ -283,8 +401,10 @@ class Index:
             Results per query.
         columns : sequence of str or mapping, optional
             Columns to fetch, each once, or names and SQL expressions; all by default, none for ``[]``.
-        nprobe, ef, k_factor : int, optional
+        filter, nprobe, ef, k_factor, include_tail, fast_search
             As for `knn`.
+        with_vectors : bool
+            Fetch the vector column too, whatever ``columns`` says.
 
         Returns
         -------
@@ -294,20 +414,128 @@ class Index:
 
         Raises
         ------
-        InvalidQuery, InvalidArgument
+        InvalidQuery, InvalidArgument, InvalidFilter, TailTooLarge
             As for `knn`, though k may be any number; and if the columns are no list of different names, or
             Lance cannot make sense of an expression.
         UnknownColumn
             If a column does not exist.
         """
-        array, single = as_queries(query, self._dim, self._metric)
-        widths = self._widths(nprobe, ef, k_factor)
-        wanted = _checked_columns(columns)
-        k = _checked_k(k)
-        if len(array) * min(k, self._most) > _MAX_RESULTS:
-            raise _too_many_results(len(array), k)
-        distances, row_ids = self._knn(array, k, widths)
-        return self._table(distances, row_ids, wanted, single=single)
+        view = self._view
+        array, single = as_queries(query, view.model.spec.dim, view.metric)
+        widths = self._widths(view, nprobe, ef, k_factor)
+        wanted = _with_vectors(view, checked_columns(columns), with_vectors)
+        k = checked_k(k)
+        if len(array) * min(k, max(view.rows, 1)) > MAX_RESULTS:
+            raise too_many_results(len(array), k)
+        selection = view.select(checked_filter(filter), include_tail=include_tail and not fast_search)
+        distances, row_ids = view.knn(array, k, widths, selection)
+        return _table(view, distances, row_ids, wanted, single=single)
+
+    def range_search(
+        self,
+        query: Any,
+        radius: float,
+        *,
+        filter: str | None = None,
+        columns: Sequence[str] | Mapping[str, str] | None = None,
+        nprobe: int | None = None,
+        include_tail: bool = True,
+        fast_search: bool = False,
+        with_vectors: bool = False,
+    ) -> pa.Table:
+        """Find every row nearer than a radius.
+
+        Parameters
+        ----------
+        query : array-like
+            ``(dim,)``.
+        radius : float
+            In the values of ``_distance``: squared L2, 1 - cosine, 1 - dot. A row is inside when its distance, by
+            the best codes the index has, is smaller.
+        nprobe : int, optional
+            IVF lists to search; all by default, so that nothing is missed.
+        filter, columns, include_tail, fast_search, with_vectors
+            As for `search`.
+
+        Returns
+        -------
+        pyarrow.Table
+            As `search` returns it for one query.
+
+        Raises
+        ------
+        InvalidArgument
+            If the radius is no number, or not above 0 under l2 and cosine; or if this index keeps no distances to
+            compare with a radius (it has neither codes that give them nor a refine store).
+        InvalidQuery, InvalidFilter, UnknownColumn, TailTooLarge
+            As for `search`.
+        """
+        view = self._view
+        array, single = as_queries(query, view.model.spec.dim, view.metric)
+        if not single and len(array) != 1:
+            raise InvalidArgument(
+                f"range_search takes one query, not {len(array)}",
+                remedy="Call it once a query",
+                parameter="query",
+                value=array.shape,
+            )
+        _refuse_meaningless(view, SearchOptions(nprobe=nprobe))
+        wanted = _with_vectors(view, checked_columns(columns), with_vectors)
+        radius = checked_radius(radius, view.metric)
+        selection = view.select(checked_filter(filter), include_tail=include_tail and not fast_search)
+        distances, row_ids = view.within(array, radius, nprobe, selection)
+        return _table(view, distances[None, :], row_ids[None, :], wanted, single=True)
+
+    def explain(
+        self,
+        query: Any,
+        k: int = 10,
+        *,
+        filter: str | None = None,
+        columns: Sequence[str] | Mapping[str, str] | None = (),
+        nprobe: int | None = None,
+        ef: int | None = None,
+        k_factor: int | None = None,
+        include_tail: bool = True,
+        fast_search: bool = False,
+    ) -> Explanation:
+        """Search, and tell what was done: lists probed, positions scanned, rows masked, tail, filter, times.
+
+        Parameters
+        ----------
+        query, k, filter, columns, nprobe, ef, k_factor, include_tail, fast_search
+            As for `search`; no columns are fetched by default.
+
+        Returns
+        -------
+        Explanation
+            Printed, one line a stage.
+        """
+        view, trace = self._view, Trace()
+        array, single = as_queries(query, view.model.spec.dim, view.metric)
+        widths = self._widths(view, nprobe, ef, k_factor)
+        wanted = checked_columns(columns)
+        k = checked_k(k)
+        start = time.perf_counter()
+        selection = view.select(checked_filter(filter), include_tail=include_tail and not fast_search, trace=trace)
+        distances, row_ids = view.knn(array, k, widths, selection, trace)
+        if wanted is None or len(wanted):
+            with trace.stage("fetch") as facts:
+                facts["rows"] = len(_table(view, distances, row_ids, wanted, single=single))
+        snapshot = view.snapshot
+        return Explanation(
+            index=f"{self.name} ({view.generation.manifest.spec.factory}, {view.metric})",
+            version=snapshot.version,
+            queries=len(array),
+            k=k,
+            live_rows=snapshot.live_rows,
+            masked_rows=snapshot.masked_rows,
+            mapped_rows=snapshot.mapped_rows,
+            tail_rows=snapshot.tail_rows,
+            results=int(np.count_nonzero(row_ids != MISSING_ROW_ID)),
+            seconds=time.perf_counter() - start,
+            stages=tuple(trace.stages),
+        )
 
     def reconstruct(self, row_ids: Any) -> Float32Array:
         """Decode the vectors of some rows, as the index holds them.
@@ -315,252 +543,140 @@ class Index:
         Parameters
         ----------
         row_ids : array-like
-            uint64 ``(n,)``, each a live, indexed row.
+            uint64 ``(n,)``, each a row that a search can find.
 
         Returns
         -------
         numpy.ndarray
-            float32 ``(n, dim)``: approximations unless the codes are exact; of unit length under cosine.
+            float32 ``(n, dim)``: approximations unless the codes are exact, the vectors themselves for rows outside
+            the index; of unit length under cosine.
 
         Raises
         ------
         InvalidArgument
-            If these are no row ids, a row is not indexed or not live, or this index cannot decode.
+            If these are no row ids, a row was deleted or skipped, or this index cannot decode.
         """
-        wanted = _checked_row_ids(row_ids)
-        positions = self._snapshot.row_ids.positions(wanted)
-        bad = (
-            (positions < 0) | ~self._snapshot.live[np.maximum(positions, 0)]
-            if len(self._snapshot.live)
-            else positions < 0
-        )
-        if bad.any():
-            row = int(wanted[bad][0])
-            raise InvalidArgument(
-                f"row {row} is not in this index", remedy="It was deleted or skipped", parameter="row_ids", value=row
-            )
-        vectors = np.empty((len(wanted), self._dim), dtype=np.float32)
-        for first, segment, _ in self._segments:
-            mine = (positions >= first) & (positions < first + segment.positions)
-            if mine.any():
-                vectors[mine] = segment.reconstruct(positions[mine] - first)
-        return vectors
+        return self._view.vectors(checked_row_ids(row_ids))
 
     def stats(self) -> IndexStats:
         """Return what the index holds, and how good it was measured to be."""
-        manifest, snapshot = self._generation.manifest, self._snapshot
-        masks = sum(mask.ram_bytes for _, _, mask in self._segments if mask is not None)
-        sizes = [size for size in (segment.list_sizes() for _, segment, _ in self._segments) if size is not None]
+        view = self._view
+        manifest, snapshot = view.generation.manifest, view.snapshot
+        sizes = [size for size in (loaded.segment.list_sizes() for loaded in view.loaded) if size is not None]
         return IndexStats(
             name=manifest.name,
             index_type=manifest.spec.index_type,
             factory=manifest.spec.factory,
             metric=manifest.spec.metric,
-            dim=self._dim,
+            dim=manifest.spec.dim,
             version=snapshot.version,
             generation=manifest.generation,
             indexed_rows=snapshot.indexed_rows,
             masked_rows=snapshot.masked_rows,
             live_rows=snapshot.live_rows,
+            mapped_rows=snapshot.mapped_rows,
+            unsaved_rows=view.resolution.unsaved_rows,
+            tail_rows=snapshot.tail_rows,
             skipped=manifest.skipped,
             shards=len(manifest.shards),
-            segments=len(self._segments),
-            ram_bytes=sum(segment.ram_bytes for _, segment, _ in self._segments)
-            + masks
-            + snapshot.row_ids.ram_bytes
-            + snapshot.live.nbytes,
+            segments=len(view.loaded),
+            ram_bytes=view.ram_bytes,
             list_imbalance=_imbalance(sum(sizes[1:], sizes[0])) if sizes else None,
             recall=_default_recall(manifest),
             defaults=self._defaults,
         )
 
-    def _knn(self, queries: Float32Array, k: int, widths: _Widths) -> tuple[Float32Array, UInt64Array]:
-        """Return as many results as there can be: ``(n_queries, min(k, live rows))``, but one at least."""
-        if self._metric == "cosine":
-            queries = prepare(queries.copy(), "cosine")  # they may lie in the caller's memory
-        distances, row_ids = self._scan(queries, k, widths)
-        if widths.fixed or not (row_ids[:, -1] == MISSING_ROW_ID).any():
-            return distances, row_ids
-        # So many rows are deleted that the default widths met too few live ones: look everywhere.
-        short = np.count_nonzero(row_ids != MISSING_ROW_ID, axis=1) < min(k, self._snapshot.live_rows)
-        if short.any():
-            lists, positions = self._generation.manifest.spec.num_partitions, len(self._snapshot.live)
-            everywhere = _Widths(max(lists, 1), positions, widths.k_factor, fixed=True)
-            distances[short], row_ids[short] = self._scan(np.ascontiguousarray(queries[short]), k, everywhere)
-        return distances, row_ids
-
-    def _scan(self, queries: Float32Array, k: int, widths: _Widths) -> tuple[Float32Array, UInt64Array]:
-        ef = max(widths.ef, k * widths.k_factor)  # as wide as the caller's k asks for, also where fewer rows are left
-        k = min(k, self._most)
-        parts = []
-        for first, segment, mask in self._segments:
-            raw, positions = segment.search(
-                queries,
-                min(k, segment.positions),
-                nprobe=widths.nprobe,
-                ef=ef,
-                k_factor=widths.k_factor,
-                mask=mask,
-            )
-            # FAISS fills up with -1, always at the end of a query's results.
-            missing = positions < 0 if (positions[:, -1] < 0).any() else None
-            if first:
-                positions = positions + first
-            row_ids = self._snapshot.row_ids.row_ids(positions)
-            distances = _lance_distances(raw, self._metric)
-            if missing is not None:
-                distances[missing] = np.inf
-                row_ids[missing] = MISSING_ROW_ID
-            parts.append((distances, row_ids))
-        if len(parts) == 1:
-            return order_ties(*parts[0])
-        return merge_topk(parts, k)
-
-    def _widths(self, nprobe: int | None, ef: int | None, k_factor: int | None) -> _Widths:
+    def _widths(self, view: View, nprobe: int | None, ef: int | None, k_factor: int | None) -> Widths:
         if nprobe is None and ef is None and k_factor is None:
             return self._default_widths
         asked = SearchOptions(nprobe=nprobe, ef=ef, k_factor=k_factor)
-        self._refuse_meaningless(asked)
+        _refuse_meaningless(view, asked)
         default = self._default_widths
-        return _Widths(
+        return Widths(
             asked.nprobe or default.nprobe,
             asked.ef or default.ef,
             asked.k_factor or default.k_factor,
             fixed=asked.nprobe is not None or asked.ef is not None,
         )
 
-    def _refuse_meaningless(self, asked: SearchOptions) -> None:
-        lists = self._generation.manifest.spec.num_partitions
-        if asked.nprobe is not None and self._family == "ivf" and asked.nprobe > lists:
-            raise InvalidArgument(
-                f"nprobe must be between 1 and the {lists} partitions of this index, not {asked.nprobe}",
-                parameter="nprobe",
-                value=asked.nprobe,
-            )
-        for parameter, works, needs in (
-            ("nprobe", self._family == "ivf", "an IVF index"),
-            ("ef", self._family == "hnsw", "an HNSW index"),
-            ("k_factor", self._refined, "a refine store"),
-        ):
-            value = getattr(asked, parameter)
-            if value is not None and not works:
-                raise InvalidArgument(
-                    f"{parameter}={value} was given, but it needs {needs} and this is"
-                    f" {self._generation.manifest.spec.factory!r} without",
-                    remedy=f"Leave {parameter} out",
-                    parameter=parameter,
-                    value=value,
-                )
 
-    def _table(
-        self,
-        distances: Float32Array,
-        row_ids: UInt64Array,
-        columns: list[str] | dict[str, str] | None,
-        *,
-        single: bool,
-    ) -> pa.Table:
-        found = row_ids != MISSING_ROW_ID
-        flat_ids, flat_distances = row_ids[found], distances[found]
-        arrays: list[Any] = [pa.array(flat_distances, pa.float32()), pa.array(flat_ids, pa.uint64())]
-        fields = [pa.field(DISTANCE_COLUMN, pa.float32()), pa.field(ROW_ID_COLUMN, pa.uint64())]
-        if columns is None or len(columns):
-            fetched = self._fetch(flat_ids, columns)
-            kept = [name for name in fetched.schema.names if name not in _OWN_COLUMNS]
-            arrays = [fetched.column(name) for name in kept] + arrays
-            fields = [fetched.schema.field(name) for name in kept] + fields
-        if not single:
-            query = np.repeat(np.arange(len(distances), dtype=np.int32), found.sum(axis=1))
-            arrays.insert(0, pa.array(query))
-            fields.insert(0, pa.field(QUERY_INDEX_COLUMN, pa.int32(), nullable=False))
-        return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
-
-    def _fetch(self, row_ids: UInt64Array, columns: list[str] | dict[str, str] | None) -> pa.Table:
-        try:
-            return self._pinned.fetch(row_ids, columns)
-        except StorageError as exc:
-            if columns is None or not _is_projection_error(exc.__cause__, columns):
-                raise
-            raise InvalidArgument(
-                f"these columns cannot be fetched: {exc.message}",
-                remedy="Name columns of the dataset, or give SQL expressions over them",
-                parameter="columns",
-                value=columns,
-            ) from exc
-
-
-def _mask(snapshot: Snapshot, first: int, segment: Segment) -> Mask | None:
-    """Return the mask a segment needs: none when nothing it holds is dead."""
-    live = snapshot.live[first : first + segment.positions]
-    if segment.capability.family == "ivf":
-        return None if not snapshot.masked_rows else Mask(live)
-    return None if live.all() else Mask(live)
-
-
-def _lance_distances(raw: Float32Array, metric: Metric) -> Float32Array:
-    """Turn FAISS's values into Lance's, in place."""
-    return np.maximum(raw, 0, out=raw) if metric == "l2" else np.subtract(1, raw, out=raw)
-
-
-def _checked_k(k: int) -> int:
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-        raise InvalidArgument(f"k must be a whole number of at least 1, not {k!r}", parameter="k", value=k)
-    return int(k)
-
-
-def _too_many_results(n_queries: int, k: int) -> InvalidArgument:
-    return InvalidArgument(
-        f"k={k} for {n_queries} queries makes {n_queries * k} results; one call gives {_MAX_RESULTS}",
-        remedy="Ask for a smaller k, or for fewer queries at once",
-        parameter="k",
-        value=k,
-    )
-
-
-def _padded(distances: Float32Array, row_ids: UInt64Array, k: int) -> tuple[Float32Array, UInt64Array]:
-    """Fill up to k results with missing ones."""
-    count, width = distances.shape
-    all_distances = np.full((count, k), np.inf, dtype=np.float32)
-    all_row_ids = np.full((count, k), MISSING_ROW_ID, dtype=np.uint64)
-    all_distances[:, :width], all_row_ids[:, :width] = distances, row_ids
-    return all_distances, all_row_ids
-
-
-def _checked_columns(columns: Any) -> list[str] | dict[str, str] | None:
-    """Return the columns to fetch beside those that an answer has anyway."""
-    if columns is None:
-        return None
-    if isinstance(columns, (str, bytes)) or not isinstance(columns, Iterable):
+def _refuse_meaningless(view: View, asked: SearchOptions) -> None:
+    spec = view.generation.manifest.spec
+    lists = spec.num_partitions
+    if asked.nprobe is not None and view.family == "ivf" and asked.nprobe > lists:
         raise InvalidArgument(
-            f"columns must be a list of names or a mapping, not {columns!r}",
-            remedy=f"Pass a list: columns=[{columns!r}]" if isinstance(columns, str) else "Pass a list of names",
+            f"nprobe must be between 1 and the {lists} partitions of this index, not {asked.nprobe}",
+            parameter="nprobe",
+            value=asked.nprobe,
+        )
+    for parameter, works, needs in (
+        ("nprobe", view.family == "ivf", "an IVF index"),
+        ("ef", view.family == "hnsw", "an HNSW index"),
+        ("k_factor", spec.refine is not None, "a refine store"),
+    ):
+        value = getattr(asked, parameter)
+        if value is not None and not works:
+            raise InvalidArgument(
+                f"{parameter}={value} was given, but it needs {needs} and this is {spec.factory!r} without",
+                remedy=f"Leave {parameter} out",
+                parameter=parameter,
+                value=value,
+            )
+
+
+def _with_vectors(
+    view: View, columns: list[str] | dict[str, str] | None, with_vectors: bool
+) -> list[str] | dict[str, str] | None:
+    name = view.resolution.column.name
+    if not with_vectors or columns is None or name in columns:
+        return columns
+    return {**columns, name: name} if isinstance(columns, dict) else [*columns, name]
+
+
+def _table(
+    view: View,
+    distances: Float32Array,
+    row_ids: UInt64Array,
+    columns: list[str] | dict[str, str] | None,
+    *,
+    single: bool,
+) -> pa.Table:
+    found = row_ids != MISSING_ROW_ID
+    flat_ids, flat_distances = row_ids[found], distances[found]
+    arrays: list[Any] = [pa.array(flat_distances, pa.float32()), pa.array(flat_ids, pa.uint64())]
+    fields = [pa.field(DISTANCE_COLUMN, pa.float32()), pa.field(ROW_ID_COLUMN, pa.uint64())]
+    if columns is None or len(columns):
+        fetched = _fetch(view, flat_ids, columns)
+        kept = [name for name in fetched.schema.names if name not in OWN_COLUMNS]
+        arrays = [fetched.column(name) for name in kept] + arrays
+        fields = [fetched.schema.field(name) for name in kept] + fields
+    if not single:
+        query = np.repeat(np.arange(len(distances), dtype=np.int32), found.sum(axis=1))
+        arrays.insert(0, pa.array(query))
+        fields.insert(0, pa.field(QUERY_INDEX_COLUMN, pa.int32(), nullable=False))
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+
+def _fetch(view: View, row_ids: UInt64Array, columns: list[str] | dict[str, str] | None) -> pa.Table:
+    try:
+        return view.pinned.fetch(row_ids, columns)
+    except StorageError as exc:
+        if columns is None or not _is_projection_error(exc.__cause__, columns):
+            raise
+        raise InvalidArgument(
+            f"these columns cannot be fetched: {exc.message}",
+            remedy="Name columns of the dataset, or give SQL expressions over them",
             parameter="columns",
             value=columns,
-        )
-    wanted = dict(columns) if isinstance(columns, Mapping) else list(columns)
-    texts = [text for item in wanted.items() for text in item] if isinstance(wanted, dict) else wanted
-    if not all(isinstance(text, str) for text in texts):
-        raise InvalidArgument(f"columns must be strings, not {wanted!r}", parameter="columns", value=wanted)
-    if isinstance(wanted, dict):
-        return _checked_expressions(wanted)
-    if len(set(wanted)) < len(wanted):
-        twice = next(name for name in wanted if wanted.count(name) > 1)
-        raise InvalidArgument(
-            f"columns names {twice!r} more than once", remedy="Name it once", parameter="columns", value=wanted
-        )
-    return [name for name in wanted if name not in _OWN_COLUMNS]
+        ) from exc
 
 
-def _checked_expressions(wanted: dict[str, str]) -> dict[str, str]:
-    taken = [name for name in _OWN_COLUMNS if wanted.get(name, name) != name]
-    if taken:
+def _limit(parameter: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
         raise InvalidArgument(
-            f"columns makes a column {taken[0]!r}, and the answer has one of that name",
-            remedy="Give it another name",
-            parameter="columns",
-            value=wanted,
+            f"{parameter} must be a whole number of at least 0, not {value!r}", parameter=parameter, value=value
         )
-    return {name: expression for name, expression in wanted.items() if name not in _OWN_COLUMNS}
+    return int(value)
 
 
 def _is_projection_error(cause: BaseException | None, columns: list[str] | dict[str, str]) -> bool:
@@ -569,34 +685,6 @@ def _is_projection_error(cause: BaseException | None, columns: list[str] | dict[
         return False
     # Lance raises one class for all of it; only its words tell a division by zero from a missing file.
     return "Invalid user input" in str(cause) or (isinstance(columns, dict) and "LanceError(Arrow)" in str(cause))
-
-
-def _checked_row_ids(row_ids: Any) -> UInt64Array:
-    """Return row ids as uint64 ``(n,)``."""
-    given = np.asarray(row_ids) if hasattr(row_ids, "dtype") else np.asarray(row_ids, dtype=object)
-    if given.ndim > 1:
-        raise InvalidArgument(
-            f"row_ids must have shape (n,), not {given.shape}", parameter="row_ids", value=given.shape
-        )
-    given = np.atleast_1d(given)
-    if given.dtype.kind == "u":
-        return given.astype(np.uint64)
-    if given.dtype.kind == "i":
-        bad = given[given < 0]
-    else:  # objects: a list of Python's numbers may not fit any one type of numpy's
-        bad = np.array([row for row in given.tolist() if not _is_row_id(row)], dtype=object)
-    if len(bad):
-        raise InvalidArgument(
-            f"row_ids must be whole numbers from 0 to 2**64 - 1, not {bad[0]!r}",
-            remedy="Row ids are those that knn and search return",
-            parameter="row_ids",
-            value=bad[0],
-        )
-    return given.astype(np.uint64)
-
-
-def _is_row_id(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < 2**64
 
 
 def _defaults(manifest: Manifest) -> SearchOptions:

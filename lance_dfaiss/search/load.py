@@ -20,7 +20,15 @@ from ..pointers import IN_DATASET, FoundPointer, generation_store
 from ..progress import PhaseMeter
 from ..storage import Store, read_document
 
-__all__ = ["Generation", "load_segments", "read_generation"]
+__all__ = [
+    "Generation",
+    "LoadedSegment",
+    "in_order",
+    "load_model_of",
+    "load_segments",
+    "read_generation",
+    "reusable",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,8 +89,37 @@ def read_generation(pinned: PinnedDataset, found: FoundPointer, allowed: Sequenc
     return Generation(found, store, manifest, records)
 
 
-def load_segments(generation: Generation, meter: PhaseMeter) -> list[tuple[int, engine.Segment]]:
-    """Load all shards into RAM, merged as far as their type allows.
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedSegment:
+    """Shards merged in RAM; knows nothing of versions, so indexes share it.
+
+    Parameters
+    ----------
+    segment : Segment
+        Searchable.
+    shards : tuple of str
+        Names of the shards' files, in order of position.
+    """
+
+    segment: engine.Segment
+    shards: tuple[str, ...]
+
+
+def reusable(generation: Generation, held: Sequence[LoadedSegment]) -> list[LoadedSegment]:
+    """Return the loaded segments all of whose shards belong to a generation."""
+    names = {_shard_name(generation, record) for record in generation.records}
+    return [loaded for loaded in held if names.issuperset(loaded.shards)]
+
+
+def in_order(generation: Generation, held: Sequence[LoadedSegment]) -> list[ShardRecord]:
+    """Return the shards of a generation as `load_segments` lays them out: those already loaded first."""
+    by_name = {_shard_name(generation, record): record for record in generation.records}
+    first = [by_name.pop(name) for loaded in held for name in loaded.shards]
+    return [*first, *by_name.values()]
+
+
+def load_segments(generation: Generation, meter: PhaseMeter, held: Sequence[LoadedSegment] = ()) -> list[LoadedSegment]:
+    """Load shards into RAM, merged as far as their type allows.
 
     One shard at a time: at the most, the merged index and the largest shard are in RAM together.
 
@@ -92,26 +129,54 @@ def load_segments(generation: Generation, meter: PhaseMeter) -> list[tuple[int, 
         What to load.
     meter : PhaseMeter
         Told of rows and bytes.
+    held : sequence of LoadedSegment
+        From `reusable`: their shards are not loaded again.
 
     Returns
     -------
-    list of (int, Segment)
-        First position and segment.
+    list of LoadedSegment
+        Those held, then what was loaded; positions count through all of them.
 
     Raises
     ------
     CorruptIndex
         If a file is missing or damaged; nothing unverified has reached FAISS.
     """
-    manifest, store = generation.manifest, generation.store
-    model = engine.load_model(store, manifest.model.file, manifest.spec, manifest.model.fingerprint)
-    positions = sum(record.cover.physical_rows for record in generation.records)
-    return engine.merge_shards(model, _shards(generation, model, meter), positions=positions)
+    records = in_order(generation, held)[sum(len(loaded.shards) for loaded in held) :]
+    if not records:
+        return list(held)
+    # A model in RAM serves all shards of its fingerprint, whichever generation they lie in.
+    model = held[0].segment.model if held else load_model_of(generation)
+    positions = sum(record.cover.physical_rows for record in records)
+    merged = engine.merge_shards(model, _shards(generation, records, model, meter), positions=positions)
+    names = [_shard_name(generation, record) for record in records]
+    if len(merged) == 1:
+        return [*held, LoadedSegment(merged[0][1], tuple(names))]
+    return [*held, *(LoadedSegment(part[1], (name,)) for part, name in zip(merged, names, strict=True))]
 
 
-def _shards(generation: Generation, model: engine.Model, meter: PhaseMeter) -> Iterator[tuple[Any, Any | None, int]]:
+def load_model_of(generation: Generation) -> engine.Model:
+    """Load the model of a generation.
+
+    Raises
+    ------
+    CorruptIndex
+        If its file is missing or damaged.
+    """
+    manifest = generation.manifest
+    return engine.load_model(generation.store, manifest.model.file, manifest.spec, manifest.model.fingerprint)
+
+
+def _shard_name(generation: Generation, record: ShardRecord) -> str:
+    # Names are never used again in one place; the digest is for stores that were emptied and filled anew.
+    return f"{generation.store.location}/{record.index.name}#{record.index.digest}"
+
+
+def _shards(
+    generation: Generation, records: Sequence[ShardRecord], model: engine.Model, meter: PhaseMeter
+) -> Iterator[tuple[Any, Any | None, int]]:
     store = generation.store
-    for record in generation.records:
+    for record in records:
         rows = record.cover.physical_rows
         # No variable keeps the shard: it would be held here while the next one is read.
         yield (*engine.load_shard(store, model, record.index, record.refine, physical_rows=rows), rows)

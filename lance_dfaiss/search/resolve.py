@@ -2,32 +2,220 @@
 
 from __future__ import annotations
 
-from ..errors import DatasetChanged, UnknownColumn, UnsupportedColumn
-from ..lance_io import PinnedDataset
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..errors import DatasetChanged, InsufficientData, UnknownColumn, UnsupportedColumn
+from ..lance_io import PinnedDataset, VectorColumn
+from ..manifest import Cover, Manifest, Remap, ShardRecord
+from ..plan import FragmentState
+from ..types import Int64Array
+from .lineage import apply_rewrites, find_rewrites
 from .load import Generation
-from .snapshot import Snapshot, fragments_to_read, resolve_snapshot
+from .places import Places, split_addresses
+from .snapshot import (
+    Located,
+    Snapshot,
+    fragments_to_read,
+    live_rows_of,
+    locate,
+    match_row_ids,
+    new_remaps,
+    settle,
+)
 
-__all__ = ["resolve_generation"]
+__all__ = ["Resolution", "resolve_generation"]
+
+LiveOffsets = Mapping[tuple[int, str], Int64Array]
 
 
-def resolve_generation(pinned: PinnedDataset, generation: Generation) -> Snapshot:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Resolution:
+    """A generation resolved against a dataset version, and what was learned on the way.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+        What a search needs.
+    column : VectorColumn
+        The vector column as it is now.
+    records : tuple of ShardRecord
+        Shards in order of position.
+    covers : tuple of Cover
+        Their covers, with the remaps that hold at this version.
+    unsaved_rows : int
+        Live rows that were found through a compaction which no record tells of yet.
+    live_offsets : dict
+        int64 offsets of live rows by fragment and name of its deletions, for the next version to use again.
+    """
+
+    snapshot: Snapshot
+    column: VectorColumn
+    records: tuple[ShardRecord, ...]
+    covers: tuple[Cover, ...]
+    unsaved_rows: int
+    live_offsets: LiveOffsets
+
+
+def resolve_generation(
+    pinned: PinnedDataset,
+    generation: Generation,
+    *,
+    records: Sequence[ShardRecord] | None = None,
+    before: Resolution | None = None,
+) -> Resolution:
     """Resolve a generation against a dataset version.
+
+    Parameters
+    ----------
+    pinned : PinnedDataset
+        The version.
+    generation : Generation
+        Its documents.
+    records : sequence of ShardRecord, optional
+        Its shards in another order than the manifest's, which becomes that of the positions.
+    before : Resolution, optional
+        Of an earlier version: what was learned then is not looked up again.
 
     Raises
     ------
     DatasetChanged
-        If the version holds rows that the index does not cover, or has no such column.
+        If the version has no such column, or its vectors have another dimension.
     """
-    name = generation.manifest.dataset.column
+    manifest = generation.manifest
+    records = generation.records if records is None else tuple(records)
+    column = _column(pinned, manifest)
+    states = pinned.fragments(column)
+    covers, since = _known(records, manifest, before, pinned.version)
+    located = locate(covers, states)
+    followed, unknown = _follow(pinned, column, located, states, since)
+    if len(unknown) and _may_trust_row_ids(pinned, generation):
+        followed = Places.join([followed, _by_row_id(pinned, covers, located, followed, unknown, states)])
+    live = _live_offsets(pinned, states, (located.direct, located.mapped, followed), before)
+    snapshot = settle(covers, states, located, followed, live[0], version=pinned.version)
+    remaps = new_remaps(covers, states, located, followed, version=pinned.version)
+    covers = tuple(
+        cover if remap is None else replace(cover, remap=remap) for cover, remap in zip(covers, remaps, strict=True)
+    )
+    return Resolution(
+        snapshot=snapshot,
+        column=column,
+        records=records,
+        covers=covers,
+        unsaved_rows=_unsaved(records, covers, Places.join([located.mapped, followed]), snapshot),
+        live_offsets=live[1],
+    )
+
+
+def _column(pinned: PinnedDataset, manifest: Manifest) -> VectorColumn:
+    name = manifest.dataset.column
     try:
-        column = pinned.vector_column(name)
-    except (UnknownColumn, UnsupportedColumn) as exc:
+        column = pinned.find_column(name, manifest.dataset.field_id)
+    except (UnknownColumn, UnsupportedColumn, InsufficientData) as exc:
         raise DatasetChanged(
             f"dataset version {pinned.version} has no vector column {name!r}, over which the index was built",
             remedy="Open the dataset at a version that has it, or index the column that took its place",
             fragments=(),
         ) from exc
-    states = pinned.fragments(column)
-    covers = [record.cover for record in generation.records]
-    live = {i: pinned.live_offsets(i) for i in fragments_to_read(covers, states)}
-    return resolve_snapshot(covers, states, live, version=pinned.version)
+    if column.dim != manifest.spec.dim:
+        raise DatasetChanged(
+            f"column {column.name!r} of dataset version {pinned.version} holds vectors of dimension {column.dim},"
+            f" the index was built over {manifest.spec.dim}",
+            remedy="Build the index again with create_index(..., replace=True)",
+            fragments=(),
+        )
+    return column
+
+
+def _known(
+    records: Sequence[ShardRecord], manifest: Manifest, before: Resolution | None, version: int
+) -> tuple[tuple[Cover, ...], int]:
+    """Return the covers with all that is known of compactions, and the version at which they were true."""
+    if before is None or before.snapshot.version > version:
+        return tuple(record.cover for record in records), manifest.dataset.version
+    learned: dict[str, tuple[Cover, Remap | None]] = {
+        record.index.name: (record.cover, cover.remap)
+        for record, cover in zip(before.records, before.covers, strict=True)
+    }
+    covers = []
+    for record in records:
+        cover, remap = learned.get(record.index.name, (None, None))
+        covers.append(replace(record.cover, remap=remap) if cover == record.cover else record.cover)
+    everything = all(record.index.name in learned for record in records)
+    return tuple(covers), before.snapshot.version if everything else manifest.dataset.version
+
+
+def _follow(
+    pinned: PinnedDataset, column: VectorColumn, located: Located, states: Sequence[FragmentState], since: int
+) -> tuple[Places, Places]:
+    """Return lost rows that compactions moved into fragments of this version, and those that nothing is known of."""
+    nowhere = Places.of([])
+    present = {state.fragment_id: state for state in states}
+    gone = {i: signature for i, signature in located.signatures.items() if i not in present}
+    covered = set(located.direct.fragment_ids.tolist())
+    if not gone or all(i in covered for i in present):
+        return nowhere, nowhere
+    lost = located.lost.in_fragments(gone)
+    if pinned.version <= since:
+        return nowhere, lost
+    rewrites, unknown = find_rewrites(gone, present, pinned.history(column), since=since, until=pinned.version)
+    moved, targets = apply_rewrites(lost, gone, rewrites)
+    arrived = [i for i, state in targets.items() if i in present and present[i].signature == state.signature]
+    return moved.in_fragments(arrived), moved.in_fragments(unknown)
+
+
+def _may_trust_row_ids(pinned: PinnedDataset, generation: Generation) -> bool:
+    """Tell whether row ids mean the same as when the index was built: not in a copy of the dataset."""
+    found = generation.found
+    return pinned.stable_row_ids and found.origin == "metadata" and found.pointer.root == pinned.root
+
+
+def _by_row_id(
+    pinned: PinnedDataset,
+    covers: Sequence[Cover],
+    located: Located,
+    followed: Places,
+    unknown: Places,
+    states: Sequence[FragmentState],
+) -> Places:
+    """Return places of rows that can be found by their stable row ids alone."""
+    origins = {fragment.fragment_id for cover in covers for fragment in cover.fragments}
+    taken = {int(i) for part in (located.direct, located.mapped, followed) for i in np.unique(part.fragment_ids)}
+    strange = [s.fragment_id for s in states if s.live_rows and s.fragment_id not in origins | taken]
+    if not strange:
+        return Places.of([])
+    missing = np.zeros(located.positions, dtype=bool)
+    unknown.mark(missing, {})
+    row_ids, addresses, updated = pinned.row_versions(strange)
+    return match_row_ids(covers, missing, row_ids, *split_addresses(addresses), updated)
+
+
+def _live_offsets(
+    pinned: PinnedDataset,
+    states: Sequence[FragmentState],
+    places: Sequence[Places],
+    before: Resolution | None,
+) -> tuple[dict[int, Int64Array], LiveOffsets]:
+    by_id = {state.fragment_id: state for state in states}
+    held = {} if before is None else before.live_offsets
+    live, kept = {}, {}
+    for fragment_id in fragments_to_read(states, *places):
+        # A fragment and a name of deletions can come again on another branch: the rows tell.
+        state = by_id[fragment_id]
+        key = (fragment_id, f"{state.deletions} {state.physical_rows} {state.signature.files}")
+        offsets = held.get(key)
+        live[fragment_id] = kept[key] = pinned.live_offsets(fragment_id) if offsets is None else offsets
+    return live, kept
+
+
+def _unsaved(records: Sequence[ShardRecord], covers: Sequence[Cover], moved: Places, snapshot: Snapshot) -> int:
+    rows = base = 0
+    for record, cover in zip(records, covers, strict=True):
+        end = base + cover.physical_rows
+        if cover.remap is not None and cover.remap != record.cover.remap:
+            mine = moved.select((moved.positions >= base) & (moved.positions < end))
+            rows += live_rows_of(mine, snapshot.live)
+        base = end
+    return rows

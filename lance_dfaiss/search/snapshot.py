@@ -1,79 +1,68 @@
 """Resolve an index generation against one dataset version: which positions are live, whose rows they are.
 
-Pure: covers and fragment states in, arrays out. A version number proves nothing (committing an index
-makes one itself); a fragment's signature does.
+Pure: covers, fragment states and what compactions did in, arrays out. A version number proves nothing
+(committing an index makes one itself); a fragment's signature does. What cannot be proven to be the row that
+was encoded is tail: rows to be searched in the dataset itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DatasetChanged
-from ..manifest import Cover
+from ..manifest import Cover, FragmentCover, FragmentSignature, Remap, RemapTarget, RunTable
 from ..plan import FragmentState
 from ..types import Int64Array, UInt64Array
+from .places import Places, RunMap, expand
 
-__all__ = ["RowIdMap", "Snapshot", "fragments_to_read", "resolve_snapshot", "revived_fragments"]
-
-_MAX_NAMED = 10
-
-
-class RowIdMap:
-    """From position to row id and back, by runs where both count up by one.
-
-    Parameters
-    ----------
-    first_positions, first_row_ids, lengths : numpy.ndarray
-        int64, uint64 and int64 ``(runs,)``; positions increasing, runs disjoint.
-    """
-
-    def __init__(self, first_positions: Int64Array, first_row_ids: UInt64Array, lengths: Int64Array) -> None:
-        self._positions = first_positions
-        self._row_ids = first_row_ids
-        self._lengths = lengths
-        # Two's complement wraps around, so signed sums give the right unsigned row ids.
-        self._shift = first_row_ids.view(np.int64) - first_positions
-        self._by_row_id = np.argsort(first_row_ids, kind="stable")
-
-    def row_ids(self, positions: Int64Array) -> UInt64Array:
-        """Return the row ids of positions; for -1 some number.
-
-        Parameters
-        ----------
-        positions : numpy.ndarray
-            int64, any shape; every one -1 or covered by a run.
-        """
-        run = 1 if len(self._positions) == 1 else self._positions.searchsorted(positions, side="right")
-        row_ids: UInt64Array = (positions + self._shift[run - 1]).view(np.uint64)
-        return row_ids
-
-    def positions(self, row_ids: UInt64Array) -> Int64Array:
-        """Return the positions of row ids, -1 for those that are not covered.
-
-        Parameters
-        ----------
-        row_ids : numpy.ndarray
-            uint64 ``(n,)``.
-        """
-        if not len(self._positions):
-            return np.full(len(row_ids), -1, dtype=np.int64)
-        order = self._by_row_id
-        run = order[np.maximum(np.searchsorted(self._row_ids[order], row_ids, side="right") - 1, 0)]
-        ahead = row_ids - self._row_ids[run]  # unsigned: a row id can be 2**63 and more
-        inside = (row_ids >= self._row_ids[run]) & (ahead < self._lengths[run].astype(np.uint64))
-        return np.where(inside, self._positions[run] + ahead.astype(np.int64), -1)
-
-    @property
-    def ram_bytes(self) -> int:
-        """Bytes of the runs."""
-        return sum(int(a.nbytes) for a in (self._positions, self._row_ids, self._lengths, self._shift, self._by_row_id))
+__all__ = [
+    "Located",
+    "Snapshot",
+    "TailFragment",
+    "deletions_to_read",
+    "fragments_to_read",
+    "live_rows_of",
+    "locate",
+    "match_row_ids",
+    "new_remaps",
+    "revived_fragments",
+    "settle",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class TailFragment:
+    """Live rows of one fragment that no shard covers.
+
+    Parameters
+    ----------
+    state : FragmentState
+        The fragment.
+    offsets : numpy.ndarray or None
+        int64, increasing; None for every live row.
+    rows : int
+        How many.
+    reason : str
+        ``"added"``: appended, updated, or compacted where that cannot be followed; ``"rewritten"``: new vectors in
+        the same fragment; ``"partial"``: the rest of the fragment is covered.
+    """
+
+    state: FragmentState
+    offsets: Int64Array | None
+    rows: int
+    reason: Literal["added", "rewritten", "partial"]
+
+    @property
+    def fragment_id(self) -> int:
+        """Lance's id."""
+        return self.state.fragment_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Snapshot:
     """An index generation, resolved against one dataset version.
 
@@ -81,79 +70,126 @@ class Snapshot:
     ----------
     version : int
         Dataset version.
-    row_ids : RowIdMap
-        Of all covered positions.
+    row_ids : RunMap
+        Row ids of positions.
+    places : RunMap
+        Row addresses of the positions that are in this version.
     live : numpy.ndarray
         bool ``(positions,)``: indexed and not deleted.
     indexed_rows, masked_rows : int
-        Rows with an entry, and how many of those are deleted in this version.
+        Rows with an entry, and how many of those are not in this version, or not as they were encoded.
+    mapped_rows : int
+        Live rows that were found through a compaction, in another fragment than they were encoded from.
+    tail : tuple of TailFragment
+        Rows that no shard covers.
     """
 
     version: int
-    row_ids: RowIdMap
+    row_ids: RunMap
+    places: RunMap
     live: NDArray[np.bool_]
     indexed_rows: int
     masked_rows: int
+    mapped_rows: int
+    tail: tuple[TailFragment, ...]
 
     @property
     def live_rows(self) -> int:
-        """Rows that a search can return."""
+        """Indexed rows that a search can return."""
         return self.indexed_rows - self.masked_rows
 
+    @property
+    def tail_rows(self) -> int:
+        """Live rows that are not indexed."""
+        return sum(fragment.rows for fragment in self.tail)
 
-def fragments_to_read(covers: Sequence[Cover], states: Sequence[FragmentState]) -> list[int]:
-    """Return the covered fragments whose deletions have to be read: those that have any."""
-    covered = {fragment.fragment_id for cover in covers for fragment in cover.fragments}
-    return [state.fragment_id for state in states if state.deleted_rows and state.fragment_id in covered]
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Located:
+    """What covers alone tell about a dataset version; positions count over all covers.
+
+    Parameters
+    ----------
+    direct, mapped : Places
+        Rows in the fragments they were encoded from, and in those that a written remap leads to.
+    lost : Places
+        Last known places of the other rows.
+    signatures : dict of int to FragmentSignature
+        Of the fragments of ``lost``.
+    positions : int
+        Of all covers.
+    """
+
+    direct: Places
+    mapped: Places
+    lost: Places
+    signatures: dict[int, FragmentSignature]
+    positions: int
 
 
-def resolve_snapshot(
-    covers: Sequence[Cover],
-    states: Sequence[FragmentState],
-    live_offsets: Mapping[int, Int64Array],
-    *,
-    version: int,
-) -> Snapshot:
-    """Resolve covers against the fragments of a dataset version.
+def locate(covers: Sequence[Cover], states: Sequence[FragmentState]) -> Located:
+    """Find covered rows by signature.
 
     Parameters
     ----------
     covers : sequence of Cover
-        One per shard, in order of ordinal.
+        One per shard, in order of position.
     states : sequence of FragmentState
         All fragments of the version.
-    live_offsets : mapping of int to numpy.ndarray
-        Live physical offsets of the fragments named by `fragments_to_read`.
-    version : int
-        Of the dataset.
-
-    Raises
-    ------
-    DatasetChanged
-        If a covered fragment's vectors changed, or the version has fragments that are not covered.
     """
-    by_id = {state.fragment_id: state for state in states}
-    _check_covered(covers, by_id, revived_fragments(covers, states, live_offsets), version)
-    total = sum(cover.physical_rows for cover in covers)
-    live = np.ones(total, dtype=bool)
-    first = indexed = 0
+    present = {state.fragment_id: state for state in states}
+    direct: list[Places] = []
+    mapped: list[Places] = []
+    lost: list[Places] = []
+    signatures: dict[int, FragmentSignature] = {}
+    base = 0
     for cover in covers:
-        part = live[first : first + cover.physical_rows]
-        for start, length in cover.skipped.rows.astype(np.int64):
-            part[start : start + length] = False
-        indexed += int(np.count_nonzero(part))
-        _mask_deleted(cover, part, by_id, live_offsets)
-        first += cover.physical_rows
-    return Snapshot(version, _row_id_map(covers), live, indexed, indexed - int(np.count_nonzero(live)))
+        origins = _origins(cover)
+        here = [f.fragment_id for f in cover.fragments if _same(present.get(f.fragment_id), f)]
+        found = origins.in_fragments(here)
+        taken = _marks(found, cover.physical_rows)
+        targets = () if cover.remap is None else cover.remap.fragments
+        moved = _remapped(cover).in_fragments(target.fragment_id for target in targets)
+        arrived = moved.in_fragments(t.fragment_id for t in targets if _same(present.get(t.fragment_id), t))
+        arrived = arrived.where(~taken)
+        taken |= _marks(arrived, cover.physical_rows)
+        # The last known place of a row is where a remap led it, else where it was encoded from.
+        gone = Places.join([moved.where(~taken), origins.where(~taken & ~_marks(moved, cover.physical_rows))])
+        direct.append(_shifted(found, base))
+        mapped.append(_shifted(arrived, base))
+        known = {f.fragment_id: f.signature for f in cover.fragments} | {t.fragment_id: t.signature for t in targets}
+        for fragment_id in np.unique(gone.fragment_ids).tolist():
+            if signatures.get(fragment_id, known[fragment_id]) != known[fragment_id]:
+                # Rewritten in place between two shards: only what the later one read can have moved on.
+                lost = [part.select(part.fragment_ids != fragment_id) for part in lost]
+            signatures[fragment_id] = known[fragment_id]
+        lost.append(_shifted(gone, base))
+        base += cover.physical_rows
+    return Located(
+        direct=Places.join(direct),
+        mapped=Places.join(mapped),
+        lost=Places.join(lost),
+        signatures=signatures,
+        positions=base,
+    )
+
+
+def fragments_to_read(states: Sequence[FragmentState], *places: Places) -> list[int]:
+    """Return the fragments whose deletions have to be read: those that have any, and hold covered rows."""
+    covered = {int(i) for part in places for i in np.unique(part.fragment_ids)}
+    return [state.fragment_id for state in states if state.deleted_rows and state.fragment_id in covered]
+
+
+def deletions_to_read(covers: Sequence[Cover], states: Sequence[FragmentState]) -> list[int]:
+    """Return the fragments that covers were encoded from and that have deletions in a version."""
+    covered = {fragment.fragment_id for cover in covers for fragment in cover.fragments}
+    return [state.fragment_id for state in states if state.deleted_rows and state.fragment_id in covered]
 
 
 def revived_fragments(
     covers: Sequence[Cover], states: Sequence[FragmentState], live_offsets: Mapping[int, Int64Array]
 ) -> list[int]:
     """Return the fragments with rows that were deleted when they were encoded, and are live in this version.
-
-    That happens when the version is older than the one that was indexed, or a restored one. The index
-    has no entry for such rows, so it does not cover their fragments.
 
     Parameters
     ----------
@@ -162,85 +198,273 @@ def revived_fragments(
     states : sequence of FragmentState
         All fragments of the version.
     live_offsets : mapping of int to numpy.ndarray
-        Live physical offsets of the fragments named by `fragments_to_read`.
+        Live physical offsets of the fragments named by `deletions_to_read`.
     """
-    present = {state.fragment_id for state in states}
+    present = _by_id(states)
     revived = []
     for cover in covers:
-        if not len(cover.deleted):
-            continue
-        deleted = np.zeros(cover.physical_rows, dtype=bool)
-        for start, length in cover.deleted.rows.astype(np.int64):
-            deleted[start : start + length] = True
-        for fragment in cover.fragments:
-            if fragment.fragment_id not in present:
-                continue
-            rows = deleted[fragment.first_position : fragment.first_position + fragment.physical_rows]
-            alive = live_offsets.get(fragment.fragment_id)
-            if rows.any() if alive is None else rows[alive].any():
-                revived.append(fragment.fragment_id)
+        unspoken = np.zeros(cover.physical_rows, dtype=bool)
+        rows = cover.deleted.rows.astype(np.int64)
+        unspoken[expand(rows[:, 0], rows[:, 1])] = True
+        for fragment in cover.fragments if len(rows) else ():
+            if fragment.fragment_id in present:
+                mine = unspoken[fragment.first_position : fragment.first_position + fragment.physical_rows]
+                alive = live_offsets.get(fragment.fragment_id)
+                if mine.any() if alive is None else mine[alive].any():
+                    revived.append(fragment.fragment_id)
     return revived
 
 
-def _check_covered(
-    covers: Sequence[Cover], by_id: Mapping[int, FragmentState], revived: Sequence[int], version: int
-) -> None:
-    covered = {fragment.fragment_id: fragment for cover in covers for fragment in cover.fragments}
-    changed = [
-        i
-        for i, fragment in covered.items()
-        if i in by_id and (by_id[i].signature != fragment.signature or by_id[i].physical_rows != fragment.physical_rows)
-    ]
-    new = [i for i in by_id if i not in covered]
-    if not changed and not new and not revived:
-        return
-    reasons = []
-    if changed:
-        reasons.append(f"the vectors of fragments {_named(changed)} were rewritten")
-    if new:
-        reasons.append(f"fragments {_named(new)} were added or compacted after the index was built")
-    if revived:
-        reasons.append(f"rows of fragments {_named(revived)} that were deleted when the index was built are live")
-    raise DatasetChanged(
-        f"dataset version {version} holds rows that the index does not cover: {' and '.join(reasons)}",
-        remedy="Build the index again with create_index(..., replace=True)",
-        fragments=tuple(sorted({*changed, *new, *revived})),
+def settle(
+    covers: Sequence[Cover],
+    states: Sequence[FragmentState],
+    located: Located,
+    followed: Places,
+    live_offsets: Mapping[int, Int64Array],
+    *,
+    version: int,
+) -> Snapshot:
+    """Decide which positions are live, and what is left to be searched in the dataset.
+
+    Parameters
+    ----------
+    covers : sequence of Cover
+        As for `locate`.
+    states : sequence of FragmentState
+        All fragments of the version.
+    located : Located
+        From `locate`.
+    followed : Places
+        Rows of ``located.lost`` that were found in fragments of this version.
+    live_offsets : mapping of int to numpy.ndarray
+        Live physical offsets of the fragments named by `fragments_to_read`.
+    version : int
+        Of the dataset.
+    """
+    places = Places.join([located.direct, located.mapped, followed]).disjoint()
+    alive = {i: _alive(state, live_offsets[i]) for i, state in _by_id(states).items() if i in live_offsets}
+    live = np.zeros(located.positions, dtype=bool)
+    places.mark(live, alive)
+    entries = np.ones(located.positions, dtype=bool)
+    base = 0
+    for cover in covers:
+        _clear(entries[base : base + cover.physical_rows], cover.skipped)
+        base += cover.physical_rows
+    live &= entries
+    indexed = int(np.count_nonzero(entries))
+    addresses = places.run_map()
+    return Snapshot(
+        version=version,
+        row_ids=addresses if any(cover.row_ids is None for cover in covers) else _row_ids(covers),
+        places=addresses,
+        live=live,
+        indexed_rows=indexed,
+        masked_rows=indexed - int(np.count_nonzero(live)),
+        mapped_rows=live_rows_of(located.mapped, live) + live_rows_of(followed, live),
+        tail=_tail(covers, states, places, alive),
     )
 
 
-def _mask_deleted(
-    cover: Cover, part: NDArray[np.bool_], by_id: Mapping[int, FragmentState], live_offsets: Mapping[int, Int64Array]
-) -> None:
-    for fragment in cover.fragments:
-        rows = part[fragment.first_position : fragment.first_position + fragment.physical_rows]
-        if fragment.fragment_id not in by_id:
-            rows[:] = False  # every row was deleted, so Lance dropped the fragment
-        elif fragment.fragment_id in live_offsets:
-            alive = np.zeros(fragment.physical_rows, dtype=bool)
-            alive[live_offsets[fragment.fragment_id]] = True
-            rows &= alive
+def match_row_ids(
+    covers: Sequence[Cover],
+    missing: NDArray[np.bool_],
+    row_ids: UInt64Array,
+    fragment_ids: Int64Array,
+    offsets: Int64Array,
+    updated: UInt64Array,
+) -> Places:
+    """Find rows by their stable row id where nothing else is left to go by.
+
+    A row counts as found if the version that last wrote it is the one it was encoded from. That trusts whoever
+    wrote the dataset to have kept these versions up to date, as Lance's own operations do.
+
+    Parameters
+    ----------
+    covers : sequence of Cover
+        With row ids and versions.
+    missing : numpy.ndarray
+        bool ``(positions,)``: positions whose rows are looked for.
+    row_ids, fragment_ids, offsets, updated : numpy.ndarray
+        uint64, int64, int64 and uint64 ``(n,)``: live rows that no shard is known to cover.
+    """
+    versions = np.zeros(len(missing), dtype=np.uint64)
+    wanted = missing.copy()
+    base = 0
+    for cover in covers:
+        known = np.zeros(cover.physical_rows, dtype=bool)
+        for start, version, length in () if cover.updated is None else cover.updated.rows.tolist():
+            versions[base + start : base + start + length] = version
+            known[start : start + length] = True
+        _clear(known, cover.deleted)
+        wanted[base : base + cover.physical_rows] &= known
+        base += cover.physical_rows
+    positions = np.flatnonzero(wanted)
+    ids = _row_ids(covers).numbers(positions)
+    order = np.argsort(ids, kind="stable")
+    ids, positions = ids[order], positions[order]
+    if not len(ids) or not len(row_ids):
+        return Places.of([])
+    at = np.minimum(np.searchsorted(ids, row_ids), len(ids) - 1)
+    # Of several positions with one id (a row that was updated and indexed again) only one has the right version.
+    found_rows, found_positions = [], []
+    while True:
+        inside = (at < len(ids)) & (ids[np.minimum(at, len(ids) - 1)] == row_ids)
+        if not inside.any():
+            break
+        same = inside & (versions[positions[np.minimum(at, len(ids) - 1)]] == updated)
+        found_rows.append(np.flatnonzero(same))
+        found_positions.append(positions[at[same]])
+        at = at + 1
+    if not found_rows:
+        return Places.of([])
+    rows, where = np.concatenate(found_rows), np.concatenate(found_positions)
+    return Places.join([Places(where, fragment_ids[rows], offsets[rows], np.ones(len(rows), dtype=np.int64))]).joined()
 
 
-def _row_id_map(covers: Sequence[Cover]) -> RowIdMap:
-    positions, row_ids, lengths = [], [], []
-    first = 0
+def new_remaps(
+    covers: Sequence[Cover],
+    states: Sequence[FragmentState],
+    located: Located,
+    followed: Places,
+    *,
+    version: int,
+) -> list[Remap | None]:
+    """Return the remap to write down for each cover; None where nothing new was found.
+
+    Parameters
+    ----------
+    covers, states, located, followed
+        As for `settle`.
+    version : int
+        Dataset version at which this is proven.
+    """
+    present = _by_id(states)
+    remaps: list[Remap | None] = []
+    base = 0
+    for cover in covers:
+        mine = followed.select((followed.positions >= base) & (followed.positions < base + cover.physical_rows))
+        if not len(mine):
+            remaps.append(None)
+        else:
+            kept = located.mapped.select(
+                (located.mapped.positions >= base) & (located.mapped.positions < base + cover.physical_rows)
+            )
+            moved = _shifted(Places.join([kept, mine]).disjoint(), -base).joined()
+            remaps.append(
+                Remap(
+                    version=version,
+                    runs=RunTable.of(np.stack(moved.columns, axis=1)),
+                    fragments=tuple(
+                        RemapTarget(
+                            fragment_id=i, physical_rows=present[i].physical_rows, signature=present[i].signature
+                        )
+                        for i in np.unique(moved.fragment_ids).tolist()
+                    ),
+                )
+            )
+        base += cover.physical_rows
+    return remaps
+
+
+def _origins(cover: Cover) -> Places:
+    """Return the rows a cover speaks for, where they were encoded from."""
+    places = Places.of(
+        (f.first_position, f.fragment_id, 0, f.physical_rows) for f in cover.fragments if f.physical_rows
+    )
+    if not len(cover.deleted):
+        return places
+    spoken = np.ones(cover.physical_rows, dtype=bool)
+    _clear(spoken, cover.deleted)
+    return places.where(spoken)
+
+
+def _remapped(cover: Cover) -> Places:
+    if cover.remap is None:
+        return Places.of([])
+    table = cover.remap.runs.rows.astype(np.int64)
+    return Places(*(np.ascontiguousarray(table[:, i]) for i in range(4)))
+
+
+def _same(state: FragmentState | None, known: FragmentCover | RemapTarget) -> bool:
+    return state is not None and state.signature == known.signature and state.physical_rows == known.physical_rows
+
+
+def _by_id(states: Sequence[FragmentState]) -> dict[int, FragmentState]:
+    return {state.fragment_id: state for state in states}
+
+
+def _shifted(places: Places, base: int) -> Places:
+    return Places(places.positions + base, places.fragment_ids, places.offsets, places.lengths)
+
+
+def _marks(places: Places, positions: int) -> NDArray[np.bool_]:
+    marks = np.zeros(positions, dtype=bool)
+    places.mark(marks, {})
+    return marks
+
+
+def _alive(state: FragmentState, offsets: Int64Array) -> NDArray[np.bool_]:
+    alive = np.zeros(state.physical_rows, dtype=bool)
+    alive[offsets] = True
+    return alive
+
+
+def _clear(marks: NDArray[np.bool_], table: RunTable) -> None:
+    rows = table.rows.astype(np.int64)
+    if len(rows):
+        marks[expand(rows[:, 0], rows[:, 1])] = False
+
+
+def live_rows_of(places: Places, live: NDArray[np.bool_]) -> int:
+    """Count the rows whose position is live."""
+    totals = np.concatenate(([0], np.cumsum(live)))
+    return int((totals[places.positions + places.lengths] - totals[places.positions]).sum())
+
+
+def _row_ids(covers: Sequence[Cover]) -> RunMap:
+    """Return the stable row ids of all positions that had one."""
+    tables, base = [], 0
     for cover in covers:
         if cover.row_ids is not None:
-            table = cover.row_ids.rows
-            positions.append(table[:, 0].astype(np.int64) + first)
-            row_ids.append(table[:, 1])
-            lengths.append(table[:, 2].astype(np.int64))
-        else:
-            starts = [fragment.first_position + first for fragment in cover.fragments]
-            positions.append(np.array(starts, dtype=np.int64))
-            row_ids.append(np.array([fragment.fragment_id << 32 for fragment in cover.fragments], dtype=np.uint64))
-            lengths.append(np.array([fragment.physical_rows for fragment in cover.fragments], dtype=np.int64))
-        first += cover.physical_rows
-    if not positions:
-        return RowIdMap(np.empty(0, np.int64), np.empty(0, np.uint64), np.empty(0, np.int64))
-    return RowIdMap(np.concatenate(positions), np.concatenate(row_ids), np.concatenate(lengths))
+            tables.append((cover.row_ids.rows, base))
+        base += cover.physical_rows
+    empty = np.empty(0, np.int64)
+    if not tables:
+        return RunMap(empty, empty.astype(np.uint64), empty)
+    return RunMap(
+        np.concatenate([rows[:, 0].astype(np.int64) + first for rows, first in tables]),
+        np.concatenate([rows[:, 1] for rows, _ in tables]),
+        np.concatenate([rows[:, 2].astype(np.int64) for rows, _ in tables]),
+    )
 
 
-def _named(ids: Sequence[int]) -> str:
-    shown = ", ".join(str(i) for i in sorted(ids)[:_MAX_NAMED])
-    return shown if len(ids) <= _MAX_NAMED else f"{shown} and {len(ids) - _MAX_NAMED} more"
+def _tail(
+    covers: Sequence[Cover],
+    states: Sequence[FragmentState],
+    places: Places,
+    alive: Mapping[int, NDArray[np.bool_]],
+) -> tuple[TailFragment, ...]:
+    order = np.argsort(places.fragment_ids, kind="stable")
+    ids, firsts = np.unique(places.fragment_ids[order], return_index=True)
+    sums = np.add.reduceat(places.lengths[order], firsts) if len(ids) else places.lengths
+    covered = dict(zip(ids.tolist(), sums.tolist(), strict=True))
+    known = {fragment.fragment_id for cover in covers for fragment in cover.fragments}
+    tail = []
+    for state in states:
+        rows = covered.get(state.fragment_id, 0)
+        if rows == state.physical_rows:
+            continue
+        if not rows:
+            if state.live_rows:
+                reason: Literal["added", "rewritten"] = "rewritten" if state.fragment_id in known else "added"
+                tail.append(TailFragment(state, None, state.live_rows, reason))
+            continue
+        left = np.ones(state.physical_rows, dtype=bool)
+        part = places.select(places.fragment_ids == state.fragment_id)
+        left[expand(part.offsets, part.lengths)] = False
+        if state.fragment_id in alive:
+            left &= alive[state.fragment_id]
+        offsets = np.flatnonzero(left)
+        if len(offsets):
+            tail.append(TailFragment(state, offsets, len(offsets), "partial"))
+    return tuple(tail)

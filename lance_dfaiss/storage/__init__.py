@@ -22,6 +22,7 @@ from .digests import (
 )
 from .local import LocalStore
 from .opening import open_store
+from .reach import Reach, check_present, read_reach
 from .remote import FsspecStore
 from .session import FileSession, FolderSession, SessionStore
 
@@ -32,13 +33,16 @@ __all__ = [
     "FsspecStore",
     "HashingWriter",
     "LocalStore",
+    "Reach",
     "SessionStore",
     "Store",
     "StoredFile",
     "VerifiedReader",
+    "check_present",
     "digest_bytes",
     "open_store",
     "read_document",
+    "read_reach",
     "storage_errors",
     "write_document",
 ]

@@ -6,9 +6,10 @@ import asyncio
 import errno
 import re
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Final, Protocol
 from urllib.parse import urlsplit, urlunsplit
@@ -52,10 +53,13 @@ class StoredFile:
         Relative to the root of the store, parts separated by ``/``.
     length_bytes : int or None
         None where the store does not tell lengths.
+    modified : datetime.datetime or None
+        When it was written, with its offset from UTC; None where the store does not tell.
     """
 
     name: str
     length_bytes: int | None
+    modified: datetime | None = None
 
 
 class Store(Protocol):
@@ -137,6 +141,24 @@ class Store(Protocol):
 
     def delete(self, name: str) -> None:
         """Delete a file; a missing one is fine."""
+
+    def sweep(self, prefix: str, *, dry_run: bool = False) -> Sequence[StoredFile]:
+        """Remove what killed writers left in a folder and below it: unfinished files, then empty folders.
+
+        Only for a folder that nobody writes to any more: what a living writer has begun would go as well.
+
+        Parameters
+        ----------
+        prefix : str
+            The folder; a missing one is fine.
+        dry_run : bool
+            Only look.
+
+        Returns
+        -------
+        sequence of StoredFile
+            The unfinished files, sorted by name. Their names are for messages: no other method takes them.
+        """
 
     def check_writable(self) -> None:
         """Try whether files can be written here; leaves nothing behind.
@@ -290,11 +312,20 @@ def check_range(offset: int, length: int) -> None:
             raise InvalidArgument(f"{parameter} must not be negative, got {value}", parameter=parameter, value=value)
 
 
-def listing(found: Iterable[tuple[str, int | None]], folder: str) -> list[StoredFile]:
+def listing(found: Iterable[StoredFile], folder: str) -> list[StoredFile]:
     """Return the files below ``folder`` that have a name, sorted; names are relative to the root."""
+    return sorted((file for file in _below(found, folder) if is_name(file.name)), key=lambda file: file.name)
+
+
+def unfinished(found: Iterable[StoredFile], folder: str) -> list[StoredFile]:
+    """Return the files below ``folder`` that some writer began and did not name, sorted."""
+    begun = (file for file in _below(found, folder) if file.name.rpartition("/")[2].startswith(TEMPORARY_PREFIX))
+    return sorted(begun, key=lambda file: file.name)
+
+
+def _below(found: Iterable[StoredFile], folder: str) -> Iterator[StoredFile]:
     below = f"{folder}/" if folder else ""
-    files = [StoredFile(name, length) for name, length in found if name.startswith(below) and is_name(name)]
-    return sorted(files, key=lambda file: file.name)
+    return (file for file in found if file.name.startswith(below))
 
 
 def temporary_name() -> str:

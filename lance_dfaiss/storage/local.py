@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +24,7 @@ from .base import (
     temporary_name,
     too_long,
     too_short,
+    unfinished,
     write_through,
 )
 
@@ -119,6 +121,20 @@ class LocalStore:
             path.unlink(missing_ok=True)
             self._prune(path.parent)
 
+    # The method `list` hides the type of that name from here on.
+    def sweep(self, prefix: str, *, dry_run: bool = False) -> Sequence[StoredFile]:
+        """Remove unfinished files and empty folders; see `Store.sweep`."""
+        folder = check_prefix(prefix)
+        with storage_errors(join(self.location, folder), writing=not dry_run):
+            found = unfinished(self._walk(folder), folder)
+            if not dry_run:
+                for file in found:
+                    (self._root / file.name).unlink(missing_ok=True)
+                # From the inside out; the walk is over before the first folder goes.
+                for parent, _, _ in tuple(os.walk(self._root / folder, topdown=False)):
+                    self._prune(Path(parent))
+        return found
+
     def check_writable(self) -> None:
         """Try to write in the root, or in the folder it would be made in; see `Store.check_writable`."""
         folder = self._root
@@ -145,7 +161,7 @@ class LocalStore:
                 break
         return path
 
-    def _walk(self, folder: str) -> Iterator[tuple[str, int | None]]:
+    def _walk(self, folder: str) -> Iterator[StoredFile]:
         def surface(exc: OSError) -> None:
             # A folder that is not there, or was pruned meanwhile, holds no files; all else must be told.
             if not isinstance(exc, (FileNotFoundError, NotADirectoryError)):
@@ -155,7 +171,9 @@ class LocalStore:
             for name in names:
                 path = Path(parent, name)
                 with suppress(FileNotFoundError):  # deleted between the two calls
-                    yield path.relative_to(self._root).as_posix(), path.stat().st_size
+                    status = path.stat()
+                    modified = datetime.fromtimestamp(status.st_mtime, timezone.utc)
+                    yield StoredFile(path.relative_to(self._root).as_posix(), status.st_size, modified)
 
     def _prune(self, folder: Path) -> None:
         while folder != self._root and folder.is_relative_to(self._root):

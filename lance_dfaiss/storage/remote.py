@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ from .base import (
     temporary_name,
     too_long,
     too_short,
+    unfinished,
     without_credentials,
     write_through,
 )
@@ -135,16 +137,7 @@ class FsspecStore:
     def list(self, prefix: str) -> list[StoredFile]:
         """List a folder; see `Store.list`."""
         folder = check_prefix(prefix)
-        path = f"{self._root}/{folder}".rstrip("/") or "/"
-        with storage_errors(join(self.location, folder), writing=False):
-            self._fs.invalidate_cache()
-            try:
-                self._fs.ls(path, detail=False)  # because find() takes an outage for an empty folder
-            except FileNotFoundError:
-                return []
-            found = self._fs.find(path, detail=True).items()
-            skip = len(self._root) + 1
-            return listing(((full[skip:], info.get("size")) for full, info in found), folder)
+        return listing(self._find(folder), folder)
 
     def exists(self, name: str) -> bool:
         """Tell whether there is such a file."""
@@ -168,6 +161,20 @@ class FsspecStore:
         with storage_errors(join(self.location, name), writing=True), suppress(FileNotFoundError):
             self._fs.rm_file(path)
 
+    # The method `list` hides the type of that name from here on.
+    def sweep(self, prefix: str, *, dry_run: bool = False) -> Sequence[StoredFile]:
+        """Remove unfinished files and, where there are such things, empty folders; see `Store.sweep`."""
+        folder = check_prefix(prefix)
+        found = unfinished(self._find(folder), folder)
+        if not dry_run:
+            with storage_errors(join(self.location, folder), writing=True):
+                for file in found:
+                    with suppress(FileNotFoundError):
+                        self._fs.rm_file(f"{self._root}/{file.name}")
+                if not self._is_object_store and folder:
+                    self._remove_empty(f"{self._root}/{folder}")
+        return found
+
     def check_writable(self) -> None:
         """Write an empty file and delete it; see `Store.check_writable`."""
         folder = self._root
@@ -178,6 +185,25 @@ class FsspecStore:
             self._fs.pipe_file(probe, b"")
         with storage_errors(self.location, writing=True):
             self._fs.rm_file(probe)
+
+    def _find(self, folder: str) -> Sequence[StoredFile]:
+        path = f"{self._root}/{folder}".rstrip("/") or "/"
+        with storage_errors(join(self.location, folder), writing=False):
+            self._fs.invalidate_cache()
+            try:
+                self._fs.ls(path, detail=False)  # because find() takes an outage for an empty folder
+            except FileNotFoundError:
+                return []
+            skip = len(self._root) + 1
+            found = self._fs.find(path, detail=True).items()
+            return [StoredFile(full[skip:], info.get("size"), _modified(info)) for full, info in found]
+
+    def _remove_empty(self, folder: str) -> None:
+        self._fs.invalidate_cache()
+        for each in sorted((path for path, _, _ in self._fs.walk(folder)), key=len, reverse=True):
+            # Whether a folder is empty is for the server to say: it refuses, each kind with an error of its own.
+            with suppress(OSError):
+                self._fs.rmdir(each)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{check_name(name)}"
@@ -211,6 +237,20 @@ class FsspecStore:
             with suppress(FileNotFoundError):
                 self._fs.rm_file(temporary)
             raise
+
+
+def _modified(info: Mapping[str, Any]) -> datetime | None:
+    """Return when a file was written: backends tell it under different names, as a number or a time, or not at all."""
+    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        found = info.get(key)
+        if isinstance(found, (int, float)):
+            return datetime.fromtimestamp(found, timezone.utc)
+        if isinstance(found, str):
+            with suppress(ValueError):
+                found = datetime.fromisoformat(found.replace("Z", "+00:00"))
+        if isinstance(found, datetime):
+            return found if found.tzinfo is not None else found.replace(tzinfo=timezone.utc)
+    return None
 
 
 def refuse_chained(url: str) -> None:

@@ -8,7 +8,7 @@ that costs is settled here.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
@@ -29,6 +29,7 @@ from .base import (
     too_long,
     too_short,
     translated,
+    unfinished,
     write_through,
 )
 
@@ -190,7 +191,7 @@ class SessionStore:
         """List a folder; the lengths are unknown. See `Store.list`."""
         folder = check_prefix(prefix)
         with storage_errors(join(self.location, folder), writing=False):
-            return listing(((name, None) for name in _call(self._session.list, folder or None)), folder)
+            return listing(self._find(folder), folder)
 
     def exists(self, name: str) -> bool:
         """Tell whether there is such a file."""
@@ -211,6 +212,20 @@ class SessionStore:
             if self.exists(name):
                 raise translated(where, exc, writing=True) from exc
 
+    # The method `list` hides the type of that name from here on.
+    def sweep(self, prefix: str, *, dry_run: bool = False) -> Sequence[StoredFile]:
+        """Remove unfinished files; a session knows no folders. See `Store.sweep`."""
+        folder = check_prefix(prefix)
+        with storage_errors(join(self.location, folder), writing=not dry_run):
+            found = unfinished(self._find(folder), folder)
+            for file in found if not dry_run else ():
+                try:
+                    _call(self._session.delete_file, file.name)
+                except OSError:
+                    if _call(self._session.contains, file.name):
+                        raise
+        return found
+
     def check_writable(self) -> None:
         """Upload an empty file and delete it; see `Store.check_writable`."""
         name = temporary_name()
@@ -218,6 +233,9 @@ class SessionStore:
             _call(self._session.upload_file, empty.name, name)
         with storage_errors(join(self.location, name), writing=True):
             _call(self._session.delete_file, name)
+
+    def _find(self, folder: str) -> Iterator[StoredFile]:
+        return (StoredFile(name, None) for name in _call(self._session.list, folder or None))
 
     def _require(self, name: str) -> None:
         if not self.exists(name):

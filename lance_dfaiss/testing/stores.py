@@ -13,6 +13,7 @@ Subclass `StoreContract`, name the class ``Test...``, and give it a ``store`` fi
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,37 @@ class StoreContract:
         assert [file.name for file in store.list("")] == ["x/b"]
         store.delete("x/b")
         assert store.list("x") == []
+
+    def leave_unfinished(self, store: Store, name: str) -> bool:  # noqa: ARG002 (subclasses use them)
+        """Put ``b"half"`` where a killed writer of this store would have left it; False where it leaves nothing.
+
+        ``name`` is one that the store itself refuses. A subclass overrides this for its own kind of place.
+        """
+        return False
+
+    def test_sweep_takes_what_killed_writers_left(self, store: Store) -> None:
+        store.write("g/kept", b"kept")
+        store.write("other/kept", b"kept")
+        names = ["g/.tmp-1", "g/below/.tmp-2"]
+        if not all([self.leave_unfinished(store, name) for name in [*names, "other/.tmp-3"]]):
+            names = []
+        assert [file.name for file in store.sweep("g", dry_run=True)] == names
+        assert [file.name for file in store.sweep("g")] == names
+        assert list(store.sweep("g/")) == []
+        assert [file.name for file in store.sweep("", dry_run=True)] == (["other/.tmp-3"] if names else [])
+        assert [file.name for file in store.list("")] == ["g/kept", "other/kept"]
+
+    def test_sweep_of_nothing(self, store: Store) -> None:
+        assert list(store.sweep("nowhere")) == []
+        with pytest.raises(InvalidArgument):
+            store.sweep("../elsewhere")
+
+    def test_times_are_told_with_their_zone(self, store: Store) -> None:
+        before = datetime.now(timezone.utc) - timedelta(seconds=5)  # clocks of files are coarse
+        store.write("x/a", b"a")
+        (file,) = store.list("x")
+        if file.modified is not None:
+            assert before <= file.modified <= datetime.now(timezone.utc) + timedelta(seconds=5)
 
     @pytest.mark.parametrize("name", _BAD_NAMES)
     def test_bad_names_are_refused(self, store: Store, name: str) -> None:

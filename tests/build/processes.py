@@ -17,13 +17,18 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import lance
 
 import lance_dfaiss
 import lance_dfaiss.build
 import lance_dfaiss.manage
+import lance_dfaiss.manage.collect
 import lance_dfaiss.search
+from lance_dfaiss.build.lease import Lease, utc_now
 from lance_dfaiss.errors import DfaissError
 from lance_dfaiss.lance_io import PinnedDataset
 from lance_dfaiss.progress import ProgressEvent
@@ -71,6 +76,12 @@ def limit_files(length_bytes: int) -> None:
     """Make every write beyond a length fail, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (length_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def _turn_clock(file: str) -> None:
+    """Let leases go by a clock that a test can put forward: a file holds the seconds."""
+    defaults = Lease.hold.__func__.__kwdefaults__  # type: ignore[attr-defined]
+    defaults["clock"] = lambda: utc_now() + timedelta(seconds=float(Path(file).read_text()))
 
 
 class SteppingProgress:
@@ -125,9 +136,12 @@ def build(
     signal_number: int = signal.SIGKILL,
     full_at: str | None = None,
     meeting: str | None = None,
+    clock: str | None = None,
     **options: Any,
 ) -> list[str]:
     """Build an index; return the steps that were passed."""
+    if clock is not None:
+        _turn_clock(clock)
     steps = Steps(stop, signal_number, full_at)
     _watch_files(steps)
     met: list[str] = []
@@ -148,6 +162,32 @@ def drop(dataset: str, name: str, *, meeting: str | None = None, **options: Any)
     lance_dfaiss.drop_index(dataset, name, **options)
 
 
+def collect(
+    dataset: str, *, stop: str | None = None, later_seconds: float = 0, meeting: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """Collect what nothing needs, as if some time had passed; every deletion is a step."""
+    steps = Steps(stop)
+    delete = LocalStore.delete
+
+    def watched(self: LocalStore, name: str) -> None:
+        steps.at("before deletion")
+        delete(self, name)
+        steps.at("after deletion")
+
+    LocalStore.delete = watched  # type: ignore[method-assign]
+    if meeting is not None:
+        _arrive(meeting)
+    report = lance_dfaiss.manage.collect.collect(
+        PinnedDataset(lance.dataset(dataset)),
+        dry_run=False,
+        keep_previous=options.pop("keep_previous", 1),
+        min_age=timedelta(seconds=options.pop("min_age_seconds", 0)),
+        index_uri=None,
+        clock=lambda: utc_now() + timedelta(seconds=later_seconds),
+    )
+    return {"generations": list(report.generations), "files": list(report.files), "steps": steps.passed}
+
+
 def list_names(dataset: str, **options: Any) -> list[str]:
     """List the indexes of a dataset."""
     return lance_dfaiss.list_indices(dataset, **options)
@@ -165,6 +205,7 @@ def ask_often(dataset: str, vector: list[float], times: int) -> list[list[int]]:
 
 JOBS: dict[str, Callable[..., Any]] = {
     "build": build,
+    "collect": collect,
     "drop": drop,
     "list": list_names,
     "ask": ask,
@@ -257,6 +298,11 @@ class Nursery:
         written = report.read_text()  # empty when the process was killed
         return Outcome(status, json.loads(written) if written else {})
 
+    def wait_until_stopped(self, started: tuple[int, Path]) -> None:
+        """Wait until a job has stopped itself; `signal.SIGCONT` lets it go on."""
+        status = int(self._ask({"wait until stopped": started[0]}))
+        assert os.WIFSTOPPED(status), started[1].read_text()
+
     def run(self, job: str, folder: Path, /, **arguments: Any) -> Outcome:
         """Start a job and wait for it."""
         return self.wait(self.start(job, folder, **arguments))
@@ -323,8 +369,10 @@ def main() -> None:
                 finally:
                     os._exit(code)
             answer = child
-        else:
+        elif "wait" in request:
             answer = os.waitpid(request["wait"], 0)[1]
+        else:
+            answer = os.waitpid(request["wait until stopped"], os.WUNTRACED)[1]
         sys.stdout.write(f"{answer}\n")
         sys.stdout.flush()
 

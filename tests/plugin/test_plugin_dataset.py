@@ -15,9 +15,9 @@ import pyarrow as pa
 import pytest
 
 import lance_dfaiss
+from lance_dfaiss.engine import load_shard
 from lance_dfaiss.errors import InvalidArgument, MissingFile, UntrustedLocation
 from lance_dfaiss.plugin import DfaissDataset, DfaissScanner
-from lance_dfaiss.search.load import load_segments
 from tests.support import clustered, make_dataset
 
 ROWS, DIM = 300, 8
@@ -49,11 +49,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count from here on how often shards are read."""
     loads: list[int] = []
 
-    def load(*args: Any) -> Any:
+    def load(*args: Any, **options: Any) -> Any:
         loads.append(1)
-        return load_segments(*args)
+        return load_shard(*args, **options)
 
-    monkeypatch.setattr("lance_dfaiss.plugin.load_segments", load)
+    monkeypatch.setattr("lance_dfaiss.engine.load_shard", load)
     return loads
 
 
@@ -112,7 +112,7 @@ def test_versions_tags_and_restore(ours: DfaissDataset) -> None:
     old.restore()  # type: ignore[no-untyped-call]
     assert is_ours(old)
     assert nearest(old, 5) == [5]
-    ours.checkout_latest()  # type: ignore[no-untyped-call]
+    ours.checkout_latest()
     assert is_ours(ours)
     assert nearest(ours, 5) == [5]
 
@@ -150,19 +150,6 @@ def test_branches_with_the_same_version_number(ours: DfaissDataset) -> None:
     seen = ours.checkout_version(("b", None))
     assert is_ours(seen)
     assert (nearest(seen, 5) == [5], nearest(seen, 6)) == (False, [6])
-
-
-def test_appended_and_rewritten_rows_appear(ours: DfaissDataset) -> None:
-    ours.insert(rows(VECTORS[5:6], ROWS))
-    assert not is_ours(ours)
-    assert nearest(ours, 5, k=2) == [5, ROWS]
-    ours.create_index("vec", "FLAT", replace=True)
-    assert is_ours(ours)
-    assert nearest(ours, 5, k=2) == [5, ROWS]
-    assert not is_ours(ours, filter="id > 3")
-    ours.delete("id < 250")
-    ours.optimize.compact_files()
-    assert nearest(ours, 260) == [260]
 
 
 def test_clones_keep_the_type_and_answer_in_the_same_metric(ours: DfaissDataset, tmp_path: Path) -> None:
@@ -292,21 +279,6 @@ def test_lost_files_are_reported(ours: DfaissDataset, caplog: pytest.LogCaptureF
         nearest(ours, 5)
     assert nearest(ours, 5, metric="l2") == [5]
     assert "cannot be used" in caplog.text
-
-
-def test_an_index_that_is_stale_does_not_hide_a_fresh_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    plain = make_dataset(tmp_path / "d", clustered(300, 8, 1))
-    lance_dfaiss.create_index(plain, "vec", "FLAT", name="a_old")
-    lance.write_dataset(plain.to_table(), str(tmp_path / "d"), mode="append")
-    lance_dfaiss.create_index(str(tmp_path / "d"), "vec", "FLAT", name="b_new")
-    dataset = lance_dfaiss.dataset(str(tmp_path / "d"))
-    asked = {"column": "vec", "q": clustered(1, 8, 2)[0], "k": 5}
-    for _ in range(2):
-        scanner = dataset.scanner(nearest=asked)
-        assert isinstance(scanner, DfaissScanner)
-        assert scanner.to_table().num_rows == 5
-    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert [record.args[0] for record in warnings if isinstance(record.args, tuple)] == ["a_old"]
 
 
 def test_an_error_of_lances_stands_alone(tmp_path: Path) -> None:

@@ -10,53 +10,12 @@ from typing import Any
 import lance
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 import lance_dfaiss
-from lance_dfaiss.plugin import DfaissDataset, DfaissScanner
-
-ROWS, DIM = 400, 8
-RNG = np.random.default_rng(7)
-VECTORS = RNG.standard_normal((ROWS, DIM)).astype(np.float32)
-QUERY = VECTORS[3] + np.float32(0.05)
-BATCH = VECTORS[[5, 200, 399]] + np.float32(0.05)
-
-Pair = tuple[lance.LanceDataset, DfaissDataset]
-
-
-def rows(vectors: np.ndarray[Any, Any], first: int = 0) -> pa.Table:
-    ids = range(first, first + len(vectors))
-    return pa.table(
-        [
-            pa.array(ids, pa.int64()),
-            pa.array([f"w{i}" for i in ids]),
-            pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1]),
-            pa.array([{"x": i} for i in ids]),
-        ],
-        schema=pa.schema(
-            [
-                pa.field("id", pa.int64(), nullable=False),
-                pa.field("s", pa.string(), metadata={"unit": "word"}),
-                pa.field("vec", pa.list_(pa.float32(), DIM)),
-                pa.field("st", pa.struct([("x", pa.int64())])),
-            ],
-            metadata={"made": "by hand"},
-        ),
-    )
-
-
-def written(path: Path, *, stable: bool = False) -> lance.LanceDataset:
-    return lance.write_dataset(rows(VECTORS), path, max_rows_per_file=150, enable_stable_row_ids=stable)
-
-
-def same(theirs: pa.Table, ours: pa.Table) -> None:
-    assert ours.schema.equals(theirs.schema, check_metadata=True), f"{theirs.schema}\n{ours.schema}"
-    assert ours.num_rows == theirs.num_rows
-    for name in theirs.schema.names:
-        if name == "_distance":
-            np.testing.assert_allclose(ours[name].to_numpy(), theirs[name].to_numpy(), rtol=1e-4, atol=1e-5)
-        else:
-            assert ours[name].to_pylist() == theirs[name].to_pylist(), name
+from lance_dfaiss.plugin import DfaissScanner
+from tests.plugin.twins import BATCH, DIM, QUERY, RNG, ROWS, VECTORS, Pair, ask, rows, same, written
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["addresses", "stable"])
@@ -126,10 +85,6 @@ NEAREST: list[dict[str, Any]] = [
 ]
 
 
-def ask(dataset: lance.LanceDataset, nearest: dict[str, Any], options: dict[str, Any]) -> pa.Table:
-    return dataset.scanner(nearest={"column": "vec", "q": QUERY, "k": 5, **nearest}, **options).to_table()
-
-
 @pytest.mark.parametrize("batch", [False, True], ids=["one", "batch"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_scan_options(pair: Pair, options: dict[str, Any], batch: bool) -> None:
@@ -151,10 +106,10 @@ def test_nearest_keys(pair: Pair, nearest: dict[str, Any]) -> None:
         ({"distance_range": (0.0, 5.0)}, {}),
         ({"q": QUERY * np.nan}, {}),
         ({"search_effort": 0.2}, {}),
-        ({}, {"filter": "id > 100"}),
-        ({}, {"filter": "id > 100", "prefilter": True}),
+        ({}, {"filter": pc.field("id") > 100}),
+        ({}, {"filter": "_distance < 5"}),
         ({}, {"order_by": ["id"]}),
-        ({"q": BATCH}, {"filter": "id > 100", "prefilter": True, "with_row_id": True}),
+        ({"q": BATCH}, {"filter": pc.field("id") > 100, "prefilter": True, "with_row_id": True}),
     ],
     ids=str,
 )
@@ -243,7 +198,8 @@ def test_the_index_says_the_metric(tmp_path: Path, metric: str) -> None:
     exact = ask(plain, {"metric": metric}, {})
     same(exact, ask(ours, {}, {}))
     # Lance answers this one: it must not fall back to l2.
-    same(ask(plain, {"metric": metric}, {"filter": "id > 9"}), ask(ours, {}, {"filter": "id > 9"}))
+    lances = {"filter": pc.field("id") > 9}
+    same(ask(plain, {"metric": metric}, lances), ask(ours, {}, lances))
     same(ask(plain, {}, {}), ask(ours, {"metric": "l2"}, {}))
     ours.insert(rows(QUERY[None], ROWS))
     newest = lance.dataset(plain.uri)

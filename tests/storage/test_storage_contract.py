@@ -9,19 +9,40 @@ from pathlib import Path
 import lance
 import pyarrow as pa
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from lance.file import LanceFileSession
 
 from lance_dfaiss.storage import FsspecStore, LocalStore, SessionStore, Store
 from lance_dfaiss.testing.stores import StoreContract
 
 
-class TestLocalStore(StoreContract):
+class _Local(StoreContract):
+    """Stores that lie in a folder of this machine, ``root``."""
+
+    def leave_unfinished(self, store: Store, name: str) -> bool:
+        path = Path(store.location.removeprefix("file://"), name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.write_bytes(b"half") == 4
+
+    def test_sweep_leaves_no_empty_folder(self, store: Store) -> None:
+        store.write("g/kept", b"kept")
+        root = Path(store.location.removeprefix("file://"))
+        (root / "g" / "a" / "b").mkdir(parents=True)
+        (root / "h" / "c").mkdir(parents=True)
+        store.sweep("g", dry_run=True)
+        assert (root / "g" / "a" / "b").exists()
+        store.sweep("g")
+        store.sweep("h")
+        assert sorted(path.name for path in root.rglob("*")) == ["g", "kept"]
+
+
+class TestLocalStore(_Local):
     @pytest.fixture
     def store(self, tmp_path: Path) -> Store:
         return LocalStore(tmp_path / "root")
 
 
-class TestLocalStoreWithoutHardLinks(StoreContract):
+class TestLocalStoreWithoutHardLinks(_Local):
     @pytest.fixture
     def store(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
         # No such file system can be mounted in a test; this is how one answers.
@@ -37,8 +58,12 @@ class TestFsspecMemory(StoreContract):
     def store(self) -> Store:
         return FsspecStore(f"memory://{uuid.uuid4().hex}/root")
 
+    def leave_unfinished(self, store: Store, name: str) -> bool:
+        MemoryFileSystem().pipe_file(f"{store.location}/{name}", b"half")
+        return True
 
-class TestFsspecFile(StoreContract):
+
+class TestFsspecFile(_Local):
     @pytest.fixture
     def store(self, tmp_path: Path) -> Store:
         return FsspecStore(f"file://{tmp_path}/root")
@@ -65,3 +90,8 @@ class TestSessionLocal(StoreContract):
     def store(self, tmp_path: Path) -> Store:
         folder = tmp_path / "data.lance" / "_dfaiss"
         return SessionStore(LanceFileSession(str(folder)), str(folder))
+
+    def leave_unfinished(self, store: Store, name: str) -> bool:
+        path = Path(store.location, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.write_bytes(b"half") == 4

@@ -1,4 +1,4 @@
-"""Look after indexes: list, describe, verify, drop."""
+"""Look at indexes: list, describe, verify. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .errors import CorruptIndex, DatasetChanged
-from .lance_io import LanceDataset, PinnedDataset, move_to_latest, open_dataset
-from .manifest import FileEntry, Manifest, Pointer, decode_model_record
-from .pointers import find_pointer, find_stored, publish, stored_pointers
-from .progress import PhaseMeter, Progress, SilentProgress
-from .search.load import Generation, read_generation
-from .search.resolve import resolve_generation
-from .storage import VerifiedReader, read_document
-from .types import CHUNK_BYTES
+from ..errors import CorruptIndex, DatasetChanged
+from ..lance_io import LanceDataset, PinnedDataset, open_dataset
+from ..manifest import FileEntry, Manifest, Pointer, decode_model_record
+from ..pointers import find_pointer, stored_pointers
+from ..progress import PhaseMeter, Progress, SilentProgress
+from ..search.load import Generation, read_generation
+from ..search.resolve import resolve_generation
+from ..storage import VerifiedReader, read_document
+from ..types import CHUNK_BYTES
 
-__all__ = ["IndexDescription", "describe_index", "drop_index", "list_indices", "verify_index"]
+__all__ = ["IndexDescription", "describe_index", "list_indices", "verify_index"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,11 @@ class IndexDescription:
     version : int
         Dataset version it was compared with.
     indexed_rows, masked_rows : int
-        Rows with an entry, and how many of them are deleted in that version.
+        Rows with an entry, and how many of them are deleted in that version, or not as they were indexed.
+    mapped_rows, unsaved_rows : int
+        Live indexed rows that compactions moved, and those of them that `sync_index` has yet to write down.
+    tail_rows : int
+        Live rows without an entry, which every search compares one by one: `update_index` indexes them.
     length_bytes : int
         Of model and shards, as stored and about as loaded.
     stale : str or None
@@ -47,6 +51,9 @@ class IndexDescription:
     version: int
     indexed_rows: int
     masked_rows: int
+    mapped_rows: int
+    unsaved_rows: int
+    tail_rows: int
     length_bytes: int
     stale: str | None
 
@@ -99,18 +106,22 @@ def describe_index(
     pinned, generation = _generation(dataset, name, index_uri, allowed_index_uris, storage_options)
     manifest = generation.manifest
     indexed = sum(shard.indexed_rows for shard in manifest.shards)
-    masked, stale = 0, None
+    resolution, stale = None, None
     try:
-        masked = resolve_generation(pinned, generation).masked_rows
+        resolution = resolve_generation(pinned, generation)
     except DatasetChanged as exc:
         stale = exc.message
+    snapshot = None if resolution is None else resolution.snapshot
     return IndexDescription(
         name=manifest.name,
         pointer=generation.found.pointer,
         manifest=manifest,
         version=pinned.version,
         indexed_rows=indexed,
-        masked_rows=masked,
+        masked_rows=0 if snapshot is None else snapshot.masked_rows,
+        mapped_rows=0 if snapshot is None else snapshot.mapped_rows,
+        unsaved_rows=0 if resolution is None else resolution.unsaved_rows,
+        tail_rows=0 if snapshot is None else snapshot.tail_rows,
         length_bytes=manifest.model.file.length_bytes + sum(shard.length_bytes for shard in manifest.shards),
         stale=stale,
     )
@@ -160,48 +171,6 @@ def verify_index(
             faults.append(exc)
     meter.finish()
     return faults
-
-
-def drop_index(
-    dataset: str | os.PathLike[str] | LanceDataset,
-    name: str,
-    *,
-    index_uri: str | None = None,
-    storage_options: Mapping[str, str] | None = None,
-) -> LanceDataset:
-    """Remove an index from the newest version of a dataset.
-
-    Older versions keep it, so its files stay; readers that have it open are not disturbed.
-
-    Parameters
-    ----------
-    dataset : str, path or lance.LanceDataset
-        The dataset.
-    name : str
-        Index name.
-    index_uri : str, optional
-        Where the index of a dataset that cannot be written was built.
-    storage_options : mapping, optional
-        For a dataset given by URI.
-
-    Returns
-    -------
-    lance.LanceDataset
-        The dataset, moved to the version without the index.
-
-    Raises
-    ------
-    IndexNotFound
-        Naming the indexes that exist.
-    CommitConflict
-        If another writer changed the index at the same time.
-    """
-    handle = open_dataset(dataset, storage_options=storage_options)
-    newest = PinnedDataset(handle).latest()
-    stored = find_stored(newest, name, index_uri)
-    publish(newest, name, None, previous=stored, index_uri=index_uri)
-    move_to_latest(handle)
-    return handle
 
 
 def _generation(

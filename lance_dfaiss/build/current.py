@@ -1,0 +1,164 @@
+"""An index as it stands at the newest version of its dataset: what every change of an index starts from."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+
+from .._version import __version__
+from ..lance_io import LanceDataset, PinnedDataset, open_dataset
+from ..manifest import DatasetEntry, Manifest, ShardRecord, SkipCounts, encode
+from ..pointers import IN_DATASET, find_pointer
+from ..search.load import Generation, read_generation
+from ..search.resolve import Resolution, resolve_generation
+from ..storage import Store
+from .commit import publish_manifest, shard_entry
+from .lease import Lease
+
+__all__ = ["CurrentIndex", "open_current"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CurrentIndex:
+    """The current generation of an index, resolved against the newest version.
+
+    Parameters
+    ----------
+    handle : lance.LanceDataset
+        As passed in.
+    pinned : PinnedDataset
+        The newest version.
+    generation : Generation
+        Documents.
+    resolution : Resolution
+        How it stands.
+    """
+
+    handle: LanceDataset
+    pinned: PinnedDataset
+    generation: Generation
+    resolution: Resolution
+
+    @property
+    def store(self) -> Store:
+        """Where generations lie."""
+        return self.generation.store
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the current generation."""
+        return self.generation.manifest
+
+    @property
+    def index_uri(self) -> str | None:
+        """Where generations lie, if not in the dataset."""
+        where = self.generation.found.pointer.where
+        return None if where == IN_DATASET else where
+
+    @property
+    def dataset_entry(self) -> DatasetEntry:
+        """The dataset and column as they are now."""
+        column = self.resolution.column
+        return DatasetEntry(
+            uri=self.pinned.root,
+            version=self.pinned.version,
+            column=column.name,
+            field_id=column.field_id,
+            value_type=column.type.value_type,
+        )
+
+    def mapped_records(self, generation: str) -> list[ShardRecord]:
+        """Return the shards, those that compactions moved with a record of their own that says so.
+
+        Parameters
+        ----------
+        generation : str
+            Where new records will lie; they are not written yet.
+        """
+        mapped = []
+        for record, cover in zip(self.resolution.records, self.resolution.covers, strict=True):
+            if cover.remap != record.cover.remap:
+                record = replace(record, generation=generation, attempt=uuid.uuid4().hex[:12], cover=cover)
+            mapped.append(record)
+        return mapped
+
+    def derive(self, generation: str, records: Sequence[ShardRecord], seconds: float) -> Manifest:
+        """Return the manifest of a generation of the same model, over the newest version.
+
+        Parameters
+        ----------
+        generation : str
+            Its id.
+        records : sequence of ShardRecord
+            Its shards, in order.
+        seconds : float
+            Time it took.
+        """
+        old = self.manifest
+        return replace(
+            old,
+            generation=generation,
+            parent=old.generation,
+            created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created_by=f"lance-dfaiss {__version__}",
+            dataset=self.dataset_entry,
+            shards=tuple(shard_entry(record) for record in records),
+            skipped=SkipCounts(
+                deleted=sum(record.skipped.deleted for record in records),
+                null=sum(record.skipped.null for record in records),
+                non_finite=sum(record.skipped.non_finite for record in records),
+                zero=sum(record.skipped.zero for record in records),
+            ),
+            statistics=replace(old.statistics, seconds=(("encode", round(seconds, 3)),)),
+        )
+
+    def commit(self, manifest: Manifest, records: Sequence[ShardRecord], lease: Lease) -> None:
+        """Write the records that are new, and make a generation current.
+
+        Raises
+        ------
+        CommitConflict
+            If another writer changed the index meanwhile.
+        LeaseExpired, CorruptIndex
+            If files may be gone, or are.
+        """
+        for record in records:
+            name = shard_entry(record).record.name
+            if record.generation == manifest.generation and not self.store.exists(name):
+                self.store.write(name, encode(record))
+        publish_manifest(
+            manifest,
+            pinned=self.pinned,
+            store=self.store,
+            previous=self.generation.found,
+            index_uri=self.index_uri,
+            lease=lease,
+        )
+
+
+def open_current(
+    dataset: str | os.PathLike[str] | LanceDataset,
+    name: str | None,
+    *,
+    index_uri: str | None,
+    allowed_index_uris: Sequence[str],
+    storage_options: Mapping[str, str] | None,
+) -> CurrentIndex:
+    """Open the current generation of an index at the newest version; loads no shard.
+
+    Raises
+    ------
+    IndexNotFound, CorruptIndex, UntrustedLocation, DatasetChanged
+        As `open_index` does.
+    """
+    handle = open_dataset(dataset, storage_options=storage_options)
+    pinned = PinnedDataset(handle).latest()
+    found = find_pointer(pinned, name, index_uri)
+    trusted = (*allowed_index_uris, *(() if index_uri is None else (index_uri,)))
+    generation = read_generation(pinned, found, trusted)
+    return CurrentIndex(
+        handle=handle, pinned=pinned, generation=generation, resolution=resolve_generation(pinned, generation)
+    )

@@ -1,0 +1,330 @@
+"""`update_index` indexes what was added, `sync_index` writes down where compactions moved what was indexed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from .. import engine
+from ..lance_io import LanceDataset, move_to_latest
+from ..machine import usable_memory_bytes
+from ..manifest import BuildPlan, ShardRecord, ShardTask, decode_model_record
+from ..plan import plan_tasks
+from ..progress import PhaseMeter, Progress, SilentProgress
+from ..search.load import load_model_of
+from ..spec import BuildOptions
+from ..storage import Store, read_document
+from ..types import OnInvalid
+from .current import CurrentIndex, open_current
+from .encode import EncodeJob
+from .lease import Lease
+from .runner import LocalRunner
+from .train import HeldOut, TrainedModel
+
+__all__ = ["SyncReport", "UpdateReport", "encode_fragments", "new_generation", "sync_index", "update_index"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateReport:
+    """What `update_index` did.
+
+    Parameters
+    ----------
+    changed : bool
+        Whether there is a new generation.
+    generation : str
+        The one that is current now.
+    added_rows : int
+        Rows that were indexed.
+    added_shards : int
+        Shards they went to.
+    mapped_rows : int
+        Indexed rows whose way through compactions was written down.
+    drift : float or None
+        Mean squared error of encoding the new rows, over that of the old ones: well above 1 means that the model
+        no longer fits, and `optimize_index(retrain=True)` trains another. None where codes are exact.
+    seconds : float
+        Wall time.
+    """
+
+    changed: bool
+    generation: str
+    added_rows: int
+    added_shards: int
+    mapped_rows: int
+    drift: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncReport:
+    """What `sync_index` did.
+
+    Parameters
+    ----------
+    changed : bool
+        Whether there is a new generation.
+    generation : str
+        The one that is current now.
+    mapped_rows : int
+        Indexed rows whose way through compactions was written down.
+    """
+
+    changed: bool
+    generation: str
+    mapped_rows: int
+
+
+def update_index(
+    dataset: str | os.PathLike[str] | LanceDataset,
+    name: str | None = None,
+    *,
+    num_workers: int = 1,
+    memory_budget_bytes: int | None = None,
+    on_invalid: OnInvalid = "skip",
+    index_uri: str | None = None,
+    allowed_index_uris: Sequence[str] = (),
+    storage_options: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> UpdateReport:
+    """Index the rows of the newest version that no shard covers, with the model there is.
+
+    The new generation shares the old one's files: only delta shards of the new rows, and records of what
+    compactions moved, are written. With nothing to do there is no new generation.
+
+    Parameters
+    ----------
+    dataset : str, path or lance.LanceDataset
+        The dataset; a handle is moved to the version that has the update.
+    name : str, optional
+        Index name; may be left out when there is one.
+    num_workers : int
+        Shards encoded at the same time.
+    memory_budget_bytes : int, optional
+        Per worker; by default half of the machine's memory divided by the workers.
+    on_invalid : str
+        ``"skip"`` counts and skips null, non-finite and (cosine) zero vectors, ``"error"`` refuses them.
+    index_uri : str, optional
+        Where an index of a dataset that cannot be written was built; it is trusted.
+    allowed_index_uris : sequence of str
+        Places outside the dataset that its pointer may lead to.
+    storage_options : mapping, optional
+        For a dataset given by URI.
+    progress : Progress, optional
+        Listener.
+
+    Returns
+    -------
+    UpdateReport
+
+    Raises
+    ------
+    IndexNotFound, CorruptIndex, UntrustedLocation
+        As `open_index` does.
+    DatasetChanged
+        If the dataset has no such column any more, or its vectors have another dimension.
+    BudgetExceeded
+        If a fragment does not fit the budget.
+    InvalidVectors
+        If ``on_invalid="error"`` met a bad row.
+    CommitConflict
+        If another writer changed the index meanwhile; its index is untouched.
+    LeaseExpired
+        If this process was stopped for too long.
+    """
+    started = time.perf_counter()
+    options = BuildOptions(
+        num_workers=num_workers,
+        memory_budget_bytes=memory_budget_bytes,
+        on_invalid=on_invalid,
+        progress=SilentProgress() if progress is None else progress,
+    )
+    current = open_current(
+        dataset,
+        name,
+        index_uri=index_uri,
+        allowed_index_uris=allowed_index_uris,
+        storage_options=storage_options,
+    )
+    resolution = current.resolution
+    if not resolution.snapshot.tail and not resolution.unsaved_rows:
+        move_to_latest(current.handle)
+        return UpdateReport(
+            changed=False,
+            generation=current.manifest.generation,
+            added_rows=0,
+            added_shards=0,
+            mapped_rows=0,
+            drift=None,
+            seconds=time.perf_counter() - started,
+        )
+    with new_generation(current) as (generation, lease):
+        kept = current.mapped_records(generation)
+        offsets = {t.fragment_id: t.offsets for t in resolution.snapshot.tail if t.offsets is not None}
+        tasks = _tasks(current, options) if resolution.snapshot.tail else ()
+        added = encode_fragments(current, generation, tasks, options, offsets)
+        manifest = current.derive(generation, [*kept, *added], time.perf_counter() - started)
+        current.commit(manifest, [*kept, *added], lease)
+    move_to_latest(current.handle)
+    report = UpdateReport(
+        changed=True,
+        generation=generation,
+        added_rows=sum(record.indexed_rows for record in added),
+        added_shards=len(added),
+        mapped_rows=resolution.unsaved_rows,
+        drift=_drift(resolution.records, added),
+        seconds=time.perf_counter() - started,
+    )
+    _log.info("index %r: %d rows added in %d shards", manifest.name, report.added_rows, report.added_shards)
+    return report
+
+
+def sync_index(
+    dataset: str | os.PathLike[str] | LanceDataset,
+    name: str | None = None,
+    *,
+    index_uri: str | None = None,
+    allowed_index_uris: Sequence[str] = (),
+    storage_options: Mapping[str, str] | None = None,
+) -> SyncReport:
+    """Write down where compactions moved indexed rows, so that Lance may forget its old versions.
+
+    Reads no vector. After Lance's ``cleanup_old_versions`` it is too late: rows of compacted fragments would have to
+    be indexed again, unless the dataset has stable row ids.
+
+    Parameters
+    ----------
+    dataset, name, index_uri, allowed_index_uris, storage_options
+        As for `update_index`.
+
+    Returns
+    -------
+    SyncReport
+
+    Raises
+    ------
+    IndexNotFound, CorruptIndex, UntrustedLocation, DatasetChanged, CommitConflict, LeaseExpired
+        As `update_index` does.
+    """
+    current = open_current(
+        dataset,
+        name,
+        index_uri=index_uri,
+        allowed_index_uris=allowed_index_uris,
+        storage_options=storage_options,
+    )
+    rows = current.resolution.unsaved_rows
+    if not rows:
+        move_to_latest(current.handle)
+        return SyncReport(changed=False, generation=current.manifest.generation, mapped_rows=0)
+    with new_generation(current) as (generation, lease):
+        records = current.mapped_records(generation)
+        # What the tail is does not change: only the version at which the places were true.
+        current.commit(current.derive(generation, records, 0.0), records, lease)
+    move_to_latest(current.handle)
+    return SyncReport(changed=True, generation=generation, mapped_rows=rows)
+
+
+@contextmanager
+def new_generation(current: CurrentIndex) -> Iterator[tuple[str, Lease]]:
+    """Hold a new generation while the block fills and commits it; after an error nothing of it stays."""
+    generation = str(uuid.uuid4())
+    try:
+        with Lease.hold(current.store, generation, root=current.pinned.root) as lease:
+            yield generation, lease
+    except Exception:
+        remove_generation(current.store, generation)
+        raise
+
+
+def remove_generation(store: Store, generation: str) -> None:
+    """Delete the files of a generation that was not committed."""
+    for file in store.list(generation):
+        store.delete(file.name)
+
+
+def encode_fragments(
+    current: CurrentIndex,
+    generation: str,
+    tasks: Sequence[ShardTask],
+    options: BuildOptions,
+    offsets: Mapping[int, np.ndarray[tuple[int], np.dtype[np.int64]]],
+) -> list[ShardRecord]:
+    """Encode fragments with the model there is; records come in the order of the tasks.
+
+    Parameters
+    ----------
+    current : CurrentIndex
+        Whose model is used, at the version that is read.
+    generation : str
+        Where the shards go.
+    tasks : sequence of ShardTask
+        The shards.
+    options : BuildOptions
+        Workers, invalid vectors, listener.
+    offsets : mapping of int to numpy.ndarray
+        int64 offsets of the rows of fragments that are not encoded whole.
+    """
+    if not tasks:
+        return []
+    meter = PhaseMeter(options.progress, "encode", sum(task.physical_rows for task in tasks))
+    plan = BuildPlan(
+        generation=generation,
+        name=current.manifest.name,
+        request="update",
+        spec=current.manifest.spec,
+        dataset=current.dataset_entry,
+        previous=current.manifest.generation,
+        tasks=tuple(tasks),
+    )
+    job = EncodeJob(
+        plan=plan,
+        pinned=current.pinned,
+        column=current.resolution.column,
+        trained=_trained(current),
+        store=current.store,
+        on_invalid=options.on_invalid,
+        meter=meter,
+        offsets=offsets,
+    )
+    records = sorted(LocalRunner(options.num_workers).run(job, tasks), key=lambda record: record.ordinal)
+    meter.finish()
+    return records
+
+
+def _tasks(current: CurrentIndex, options: BuildOptions) -> tuple[ShardTask, ...]:
+    spec = current.manifest.spec
+    budget = options.memory_budget_bytes or usable_memory_bytes() // 2 // options.num_workers
+    cost = engine.footprint(spec.factory, spec.dim, spec.metric, spec.refine)
+    states = [fragment.state for fragment in current.resolution.snapshot.tail]
+    return plan_tasks(states, cost, num_shards=None, budget_bytes=budget)
+
+
+def _trained(current: CurrentIndex) -> TrainedModel:
+    """Return the model, without queries: an update does not measure recall again."""
+    entry = current.manifest.model
+    data = read_document(current.store, entry.record)
+    record = decode_model_record(data, location=f"{current.store.location}/{entry.record.name}")
+    nothing = np.empty(0, dtype=np.int64)
+    held_out = HeldOut(np.empty((0, current.manifest.spec.dim), dtype=np.float32), nothing, nothing)
+    return TrainedModel(load_model_of(current.generation), record, entry.record.name, held_out)
+
+
+def _drift(old: Sequence[ShardRecord], new: Sequence[ShardRecord]) -> float | None:
+    before, after = _mean_error(old), _mean_error(new)
+    return after / before if before and after is not None else None
+
+
+def _mean_error(records: Sequence[ShardRecord]) -> float | None:
+    known = [(r.training_error, r.indexed_rows) for r in records if r.training_error is not None and r.indexed_rows]
+    rows = sum(count for _, count in known)
+    return sum(error * count for error, count in known) / rows if rows else None
