@@ -9,8 +9,8 @@ from __future__ import annotations
 import datetime
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,26 @@ import lance_dfaiss
 
 from .settings import K, Settings
 
-__all__ = ["COLUMN", "Corpus", "Float32Array", "Int64Array", "synthetic", "words"]
+__all__ = [
+    "COLUMN",
+    "RANK",
+    "Corpus",
+    "Float32Array",
+    "Int64Array",
+    "append",
+    "ranked",
+    "ranks",
+    "synthetic",
+    "words",
+]
 
 Float32Array = NDArray[np.float32]
 Int64Array = NDArray[np.int64]
 
 COLUMN = "vector"
+
+RANK = "rank"
+"""A column of numbers 0, 1, 2 ... in random order: a range of it is a random share of the rows."""
 
 _EXAMPLES = Path(__file__).parents[1] / "examples" / "data"
 _FRAGMENTS = 8
@@ -38,6 +52,8 @@ _NEIGHBORS = 100
 
 # SyntheticDataset draws all its parts from one stream, training rows first: they decide what the others are.
 _TRAINING_ROWS = 262_144
+
+_RANK_SEED = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,6 +141,41 @@ def synthetic(settings: Settings, *, rows: int | None = None, fragments: int = _
     return _cached(settings, "synthetic", count, fragments, make)
 
 
+def ranks(corpus: Corpus) -> Int64Array:
+    """Return the numbers in the column `RANK` of a corpus, int64 ``(rows,)``."""
+    return np.random.default_rng(_RANK_SEED).permutation(len(corpus.vectors)).astype(np.int64)
+
+
+def ranked(corpus: Corpus, name: str, *, fresh: bool = False) -> Corpus:
+    """Return a corpus with the column `RANK` beside the vectors.
+
+    Parameters
+    ----------
+    corpus : Corpus
+        The vectors.
+    name : str
+        Of the dataset: one for each use, so that nobody finds another's indexes or changes.
+    fresh : bool
+        Write it anew also where it is there already, for those who change it.
+    """
+    made = replace(corpus, path=corpus.path.with_name(f"{name}.lance"))
+    if fresh and made.path.exists():
+        shutil.rmtree(made.path)
+    if not made.path.exists():
+        _write_dataset(made, _FRAGMENTS, {RANK: pa.array(ranks(corpus))})
+    return made
+
+
+def append(corpus: Corpus, rows: int, seed: int) -> None:
+    """Append rows to a `ranked` dataset: known vectors with a little noise, ranks above all others."""
+    random = np.random.default_rng(seed)
+    chosen = corpus.vectors[random.integers(0, len(corpus.vectors), rows)]
+    noise = random.standard_normal(chosen.shape, dtype=np.float32) * np.float32(0.1 * chosen.std())
+    first = corpus.open().count_rows()
+    table = pa.table({COLUMN: _fixed_size_lists(chosen + noise), RANK: np.arange(first, first + rows)})
+    lance.write_dataset(table, str(corpus.path), mode="append")
+
+
 def _exact(base: Float32Array, queries: Float32Array) -> Int64Array:
     _, found = faiss.knn(queries, base, _NEIGHBORS)
     return np.asarray(found, dtype=np.int64)
@@ -154,14 +205,15 @@ def _cached(
     return corpus
 
 
-def _write_dataset(corpus: Corpus, fragments: int) -> None:
-    rows, dim = corpus.vectors.shape
+def _write_dataset(corpus: Corpus, fragments: int, columns: Mapping[str, pa.Array] | None = None) -> None:
     # Written under another name first: a folder of the right name is always a whole dataset.
     unfinished = corpus.path.with_suffix(".unfinished")
     if unfinished.exists():
         shutil.rmtree(unfinished)
-    column = pa.FixedSizeListArray.from_arrays(pa.array(corpus.vectors.reshape(-1)), dim)
-    lance.write_dataset(
-        pa.table({COLUMN: column}), str(unfinished), max_rows_per_file=-(-rows // fragments), mode="create"
-    )
+    table = pa.table({COLUMN: _fixed_size_lists(corpus.vectors), **(columns or {})})
+    lance.write_dataset(table, str(unfinished), max_rows_per_file=-(-len(table) // fragments), mode="create")
     unfinished.rename(corpus.path)
+
+
+def _fixed_size_lists(vectors: Float32Array) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])

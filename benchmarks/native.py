@@ -78,11 +78,13 @@ class NativeIndex:
         """Remove it from the dataset."""
         self._dataset.drop_index(NAME)
 
-    def positions(self, queries: Float32Array, nprobe: int, refine_factor: int | None) -> Int64Array:
+    def positions(
+        self, queries: Float32Array, nprobe: int | None, refine_factor: int | None, filter_sql: str | None = None
+    ) -> Int64Array:
         """Return positions, int64 ``(n_queries, 10)``, -1 where there were fewer."""
         found = np.full((len(queries), K), -1, dtype=np.int64)
         for row, query in enumerate(queries):
-            ids = self._search(query, nprobe, refine_factor)["_rowid"].to_numpy()
+            ids = self.search(query, nprobe, refine_factor, filter_sql)["_rowid"].to_numpy()
             found[row, : len(ids)] = self._corpus.positions(ids)
         return found
 
@@ -90,7 +92,7 @@ class NativeIndex:
         self, queries: Float32Array, nprobe: int, refine_factor: int | None, pools: Mapping[int, ThreadPoolExecutor]
     ) -> dict[str, Callable[[], object]]:
         """Return every way to ask all queries: in one call, or one a call from some threads."""
-        one = partial(self._search, nprobe=nprobe, refine_factor=refine_factor)
+        one = partial(self.search, nprobe=nprobe, refine_factor=refine_factor)
 
         def spread(pool: ThreadPoolExecutor) -> object:
             return list(pool.map(one, queries))
@@ -98,12 +100,45 @@ class NativeIndex:
         batch: dict[str, Callable[[], object]] = {"one call": partial(one, queries)}
         return batch | {f"{callers} callers": partial(spread, pool) for callers, pool in pools.items()}
 
-    def _search(self, query: Float32Array, nprobe: int, refine_factor: int | None) -> Any:
-        nearest = {"column": COLUMN, "q": query, "k": K, "nprobes": nprobe}
+    def search(
+        self,
+        query: Float32Array,
+        nprobe: int | None,
+        refine_factor: int | None,
+        filter_sql: str | None = None,
+        *,
+        scalar_index: bool = True,
+    ) -> Any:
+        """Return the table of results.
+
+        Parameters
+        ----------
+        query : numpy.ndarray
+            float32 ``(dim,)`` or ``(n_queries, dim)``.
+        nprobe : int or None
+            Lists searched; None compares with every row, and leaves the index alone.
+        refine_factor : int or None
+            None reads no vectors again.
+        filter_sql : str, optional
+            Only rows that match, found before the search.
+        scalar_index : bool
+            Whether a scalar index may be used for the filter.
+        """
+        nearest: dict[str, Any] = {"column": COLUMN, "q": query, "k": K}
+        if nprobe is None:
+            nearest["use_index"] = False
+        else:
+            nearest["nprobes"] = nprobe
         if refine_factor is not None:
             nearest["refine_factor"] = refine_factor
         return self._dataset.scanner(
-            columns=["_distance"], nearest=nearest, with_row_id=True, disable_scoring_autoprojection=True
+            columns=["_distance"],
+            nearest=nearest,
+            filter=filter_sql,
+            prefilter=filter_sql is not None,
+            use_scalar_index=scalar_index,
+            with_row_id=True,
+            disable_scoring_autoprojection=True,
         ).to_table()
 
 

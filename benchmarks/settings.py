@@ -70,6 +70,11 @@ class Settings:
         return 8 if self.quick else 64
 
     @property
+    def tail_rows(self) -> tuple[int, ...]:
+        """Rows outside an index that is searched."""
+        return (200,) if self.quick else (10_000, 50_000, 100_000)
+
+    @property
     def memory_rows(self) -> tuple[int, ...]:
         """Rows of the builds whose memory is measured."""
         return (5_000,) if self.quick else (100_000, 400_000, 1_600_000)

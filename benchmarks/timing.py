@@ -7,8 +7,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-__all__ = ["Turn", "interleaved", "median", "paired_ratio", "rates"]
+__all__ = ["Turn", "interleaved", "interleaved_prepared", "median", "paired_ratio", "rates"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +22,18 @@ class Turn:
 
 def interleaved(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[Turn]]:
     """Run each of some works ``repeats`` times, in turn, every other round in reverse order."""
-    turns: dict[str, list[Turn]] = {name: [] for name in works}
+    return interleaved_prepared({name: partial(_itself, work) for name, work in works.items()}, repeats)
+
+
+def interleaved_prepared(
+    prepares: Mapping[str, Callable[[], Callable[[], object]]], repeats: int
+) -> dict[str, list[Turn]]:
+    """Run works that need something made anew for each turn; what makes it returns the work, and is not timed."""
+    turns: dict[str, list[Turn]] = {name: [] for name in prepares}
     for number in range(repeats):
-        names = list(works) if number % 2 == 0 else list(works)[::-1]
+        names = list(prepares) if number % 2 == 0 else list(prepares)[::-1]
         for name in names:
-            turns[name].append(_turn(works[name]))
+            turns[name].append(_turn(prepares[name]()))
     return turns
 
 
@@ -70,6 +78,10 @@ def median(values: Sequence[float]) -> float:
 def paired_ratio(ours: Sequence[float], peer: Sequence[float]) -> float:
     """Return the median of the ratios of neighbouring turns: what both felt alike cancels out."""
     return median([a / b for a, b in zip(ours, peer, strict=True)])
+
+
+def _itself(work: Callable[[], object]) -> Callable[[], object]:
+    return work
 
 
 def _turn(work: Callable[[], object]) -> Turn:

@@ -31,7 +31,7 @@
         ├── ManifestInvalid (ValueError)        a stored document breaks its schema; lists every problem
         ├── UnsupportedFormat                   written by a newer format than this reader knows
         ├── ModelMismatch                       a shard that was encoded by another model
-        └── CoverOverlap                        two shards claim the same fragment
+        └── CoverOverlap                        two shards claim the same row
 
 Each error carries its facts as attributes (see the class annotations), survives pickling, and
 inherits the builtin a caller would expect, so ``except ValueError`` or ``except OSError`` work too.
@@ -290,6 +290,6 @@ class ModelMismatch(CorruptIndex):
 
 
 class CoverOverlap(CorruptIndex):
-    """Two shards of one generation claim the same fragment."""
+    """Two shards of one generation claim the same row."""
 
     fragments: tuple[int, ...]

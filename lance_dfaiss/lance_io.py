@@ -710,6 +710,13 @@ class PinnedDataset:
             raise
 
 
+# pylance 14 cannot read back the transaction of a compaction that also moved an index: its native side fills in two
+# of this record's five fields, and Python refuses. With defaults for the rest, which are not needed here, it can.
+_REWRITTEN_INDEX = cast("Any", lance.LanceOperation.RewrittenIndex)
+if _REWRITTEN_INDEX.__init__.__defaults__ is None:
+    _REWRITTEN_INDEX.__init__.__defaults__ = ("", b"", 0)
+
+
 class DatasetHistory:
     """What is still known of the versions of a dataset; each version is opened once.
 
@@ -740,8 +747,8 @@ class DatasetHistory:
         """
         try:
             transaction = self._pinned.lance.read_transaction(version)
-        except (OSError, ValueError):
-            return None  # removed with its version
+        except (OSError, ValueError, TypeError):
+            return None  # removed with its version, or Lance cannot read what it wrote
         operation = None if transaction is None else transaction.operation
         # What Lance's Python does not name comes as the base class.
         if type(operation) in (type(None), lance.LanceOperation.Restore, lance.LanceOperation.BaseOperation):

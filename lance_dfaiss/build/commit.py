@@ -99,6 +99,7 @@ def write_manifest(
     *,
     recall: RecallReport | None,
     seconds: Sequence[tuple[str, float]],
+    parent: str | None = None,
 ) -> Manifest:
     """Describe the generation, after checking that its shards belong together.
 
@@ -114,6 +115,8 @@ def write_manifest(
         What was measured.
     seconds : sequence of (str, float)
         Time of each phase.
+    parent : str, optional
+        Generation whose settings it took over.
 
     Raises
     ------
@@ -137,7 +140,7 @@ def write_manifest(
     return Manifest(
         generation=plan.generation,
         name=plan.name,
-        parent=None,
+        parent=parent,
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         created_by=f"lance-dfaiss {__version__}",
         spec=plan.spec,

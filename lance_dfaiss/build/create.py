@@ -37,7 +37,7 @@ from ..manifest import (
 from ..plan import Estimate, RowCost, estimate, plan_tasks, resolve_spec, sample_rows
 from ..pointers import FoundPointer, find_pointer, stored_pointers
 from ..progress import PhaseMeter, Progress, SilentProgress
-from ..spec import BuildOptions, IndexSpec
+from ..spec import BuildOptions, IndexSpec, ResolvedSpec
 from ..storage import MAX_DOCUMENT_BYTES, Store, open_store
 from ..types import AUTO_RECALL_TARGET, DEFAULT_SEED, Coarse, Float32Array, IndexType, Metric, OnInvalid, Refine
 from .check import RecallMeter, ShardCheck
@@ -47,7 +47,7 @@ from .lease import Lease, is_leased
 from .runner import LocalRunner
 from .train import TrainedModel, find_trained, load_arrays, train
 
-__all__ = ["PlannedBuild", "create_index", "plan_index"]
+__all__ = ["PlannedBuild", "create_index", "plan_index", "plan_resolved", "remove_unfinished", "run_build"]
 
 _log = logging.getLogger(__name__)
 
@@ -262,20 +262,49 @@ def plan_index(dataset: LanceDataset, spec: IndexSpec, options: BuildOptions) ->
     column = pinned.vector_column(spec.column)
     states = pinned.fragments(column)
     rows = sum(state.live_rows for state in states)
-    budget = options.memory_budget_bytes or _default_budget(options.num_workers)
     resolved = resolve_spec(
         spec,
         dim=column.dim,
         rows=_usable_rows(pinned, column, spec, rows),
         largest_fragment_rows=max((state.physical_rows for state in states), default=0),
-        budget_bytes=budget,
+        budget_bytes=_budget(options),
         parts=None if spec.factory is None else engine.split_factory(spec.factory),
     )
+    return plan_resolved(pinned, column, spec, resolved, options, _previous(pinned, spec, options))
+
+
+def plan_resolved(
+    pinned: PinnedDataset,
+    column: VectorColumn,
+    spec: IndexSpec,
+    resolved: ResolvedSpec,
+    options: BuildOptions,
+    previous: FoundPointer | None,
+) -> PlannedBuild:
+    """Decide about a build whose index is settled already; see `plan_index`.
+
+    Parameters
+    ----------
+    pinned : PinnedDataset
+        The version to build over.
+    column : VectorColumn
+        The vector column.
+    spec : IndexSpec
+        What was asked for.
+    resolved : ResolvedSpec
+        What that came to.
+    options : BuildOptions
+        How.
+    previous : FoundPointer or None
+        The index that it will replace.
+    """
+    states = pinned.fragments(column)
+    rows = sum(state.live_rows for state in states)
+    budget = _budget(options)
     engine.check_trainable(resolved, rows)
     cost = engine.footprint(resolved.factory, column.dim, resolved.metric, resolved.refine)
     tasks = plan_tasks(states, cost, num_shards=options.num_shards, budget_bytes=budget)
     sample = sample_rows(resolved, rows=rows, budget_bytes=budget)
-    previous = _previous(pinned, spec, options)
     plan = BuildPlan(
         generation=str(uuid.uuid4()),
         name=spec.name,
@@ -323,8 +352,15 @@ def _usable_rows(pinned: PinnedDataset, column: VectorColumn, spec: IndexSpec, r
     return max(rows * len(probe.vectors) // max(probe.drawn_rows, 1), 1)
 
 
-def run_build(planned: PlannedBuild) -> Manifest:
+def run_build(planned: PlannedBuild, *, parent: str | None = None) -> Manifest:
     """Carry out a planned build, or go on with an interrupted one like it.
+
+    Parameters
+    ----------
+    planned : PlannedBuild
+        From `plan_index` or `plan_resolved`.
+    parent : str, optional
+        Generation whose settings it took over.
 
     Returns
     -------
@@ -343,13 +379,15 @@ def run_build(planned: PlannedBuild) -> Manifest:
             plan = found
     try:
         with Lease.hold(planned.store, plan.generation, root=pinned.root) as lease:
-            return _phases(planned, plan, pinned, lease)
+            return _phases(planned, plan, pinned, lease, parent)
     except _HOPELESS:
-        _remove(planned.store, plan.generation)
+        remove_unfinished(planned.store, plan.generation)
         raise
 
 
-def _phases(planned: PlannedBuild, plan: BuildPlan, pinned: PinnedDataset, lease: Lease) -> Manifest:
+def _phases(
+    planned: PlannedBuild, plan: BuildPlan, pinned: PinnedDataset, lease: Lease, parent: str | None
+) -> Manifest:
     store, progress, seconds = planned.store, planned.options.progress, []
     meter = PhaseMeter(progress, "train", planned.sample_rows)
     trained = find_trained(plan, store)
@@ -381,7 +419,7 @@ def _phases(planned: PlannedBuild, plan: BuildPlan, pinned: PinnedDataset, lease
     added = check_still_covered(plan, pinned.latest(), planned.column, [record.cover for record in records])
     if added:
         _log.warning("index %r does not cover fragments that were added while it was built: %s", plan.name, added[:10])
-    manifest = write_manifest(plan, trained, records, recall=recall, seconds=seconds)
+    manifest = write_manifest(plan, trained, records, recall=recall, seconds=seconds, parent=parent)
     publish_manifest(
         manifest,
         pinned=pinned,
@@ -544,7 +582,8 @@ def _request_digest(spec: IndexSpec, options: BuildOptions) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
-def _remove(store: Store, generation: str) -> None:
+def remove_unfinished(store: Store, generation: str) -> None:
+    """Delete what a build has written, unless it was committed or somebody still works on it."""
     files = store.list(generation)
     if any(file.name.startswith(f"{generation}/manifest") for file in files):
         return  # a twin that resumed the same build may have committed it
@@ -554,8 +593,8 @@ def _remove(store: Store, generation: str) -> None:
         store.delete(file.name)
 
 
-def _default_budget(num_workers: int) -> int:
-    return usable_memory_bytes() // 2 // num_workers
+def _budget(options: BuildOptions) -> int:
+    return options.memory_budget_bytes or usable_memory_bytes() // 2 // options.num_workers
 
 
 def _one_of(num_shards: int | None, num_segments: int | None) -> int | None:

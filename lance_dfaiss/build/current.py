@@ -70,6 +70,17 @@ class CurrentIndex:
             value_type=column.type.value_type,
         )
 
+    def placed_records(self, generation: str) -> list[ShardRecord]:
+        """Return `mapped_records` without the shards of which not one row is in this version."""
+        positions, _, lengths = self.resolution.snapshot.places.runs
+        placed, first = [], 0
+        for record in self.mapped_records(generation):
+            end = first + record.cover.physical_rows
+            if ((positions < end) & (positions + lengths > first)).any():
+                placed.append(record)
+            first = end
+        return placed
+
     def mapped_records(self, generation: str) -> list[ShardRecord]:
         """Return the shards, those that compactions moved with a record of their own that says so.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -14,16 +14,17 @@ from numpy.typing import NDArray
 from ..engine import Mask, Segment, ShardEncoder, prepare, save_shard
 from ..errors import DatasetChanged, InvalidVectors
 from ..lance_io import Block, PinnedDataset, VectorColumn
-from ..manifest import BuildPlan, Cover, FileEntry, RunTable, ShardRecord, ShardTask, SkipCounts, encode
+from ..manifest import BuildPlan, Cover, RunTable, ShardRecord, ShardTask, SkipCounts, encode
 from ..progress import PhaseMeter
 from ..storage import Store
-from ..types import Float32Array, Int64Array, OnInvalid, UInt64Array
+from ..types import Float32Array, Int64Array, OnInvalid
 from .ahead import read_ahead
 from .check import RECALL_K, ExactScorer, ShardCheck, arrays_of, check_widths, k_factors
 from .runner import TaskStopped
+from .tables import constant_runs, false_runs, id_runs, join_constant_runs, join_id_runs
 from .train import TrainedModel, save_arrays
 
-__all__ = ["EncodeJob"]
+__all__ = ["EncodeJob", "write_shard"]
 
 _MAX_NAMED_ROWS = 10
 
@@ -149,29 +150,17 @@ class EncodeJob:
         )
 
     def _write(self, task: ShardTask, encoder: ShardEncoder, rows: _RowBook, check: ShardCheck | None) -> ShardRecord:
-        attempt = uuid.uuid4().hex[:12]
-        stem = f"{self.plan.generation}/shard-{task.ordinal:05d}-{attempt}"
-        index, refine = save_shard(
-            encoder, self.store, (f"{stem}.faiss", f"{stem}.refine.faiss" if encoder.refine is not None else None)
-        )
-        checked = None if check is None else save_arrays(self.store, f"{stem}.check.npz", **arrays_of(check))
-        record = ShardRecord(
+        record = write_shard(
+            encoder,
+            self.store,
             generation=self.plan.generation,
             ordinal=task.ordinal,
-            attempt=attempt,
-            fingerprint=self.trained.model.fingerprint.digest,
-            index=index,
-            refine=refine,
-            check=checked,
             cover=rows.cover(),
-            indexed_rows=encoder.indexed_rows,
             skipped=rows.skipped(),
             training_error=encoder.training_error,
-            largest_list_rows=encoder.largest_list_rows,
+            check=None if check is None else arrays_of(check),
         )
-        self.store.write(f"{stem}.json", encode(record))
-        written: list[FileEntry] = [entry for entry in (index, refine, checked) if entry is not None]
-        self.meter.add(0, sum(entry.length_bytes for entry in written))
+        self.meter.add(0, sum(entry.length_bytes for entry in record.files))
         return record
 
     def _refused(self, block: Block) -> InvalidVectors:
@@ -185,6 +174,55 @@ class EncodeJob:
             column=self.column.name,
             row_ids=ids,
         )
+
+
+def write_shard(
+    encoder: ShardEncoder,
+    store: Store,
+    *,
+    generation: str,
+    ordinal: int,
+    cover: Cover,
+    skipped: SkipCounts,
+    training_error: float | None,
+    check: Mapping[str, NDArray[np.generic]] | None,
+) -> ShardRecord:
+    """Write the files of a finished shard, its record last.
+
+    Parameters
+    ----------
+    encoder : ShardEncoder
+        The shard.
+    store : Store
+        Where generations lie.
+    generation, ordinal
+        Of the record.
+    cover, skipped, training_error
+        What the record says of the rows.
+    check : mapping of str to numpy.ndarray, or None
+        What the held-out queries found.
+    """
+    attempt = uuid.uuid4().hex[:12]
+    stem = f"{generation}/shard-{ordinal:05d}-{attempt}"
+    index, refine = save_shard(
+        encoder, store, (f"{stem}.faiss", f"{stem}.refine.faiss" if encoder.refine is not None else None)
+    )
+    record = ShardRecord(
+        generation=generation,
+        ordinal=ordinal,
+        attempt=attempt,
+        fingerprint=encoder.model.fingerprint.digest,
+        index=index,
+        refine=refine,
+        check=None if check is None else save_arrays(store, f"{stem}.check.npz", **check),
+        cover=cover,
+        indexed_rows=encoder.indexed_rows,
+        skipped=skipped,
+        training_error=training_error,
+        largest_list_rows=encoder.largest_list_rows,
+    )
+    store.write(f"{stem}.json", encode(record))
+    return record
 
 
 class _RowBook:
@@ -215,9 +253,9 @@ class _RowBook:
         self._non_finite += block.non_finite
         self._zero += block.zero
         if self._stable:
-            self._runs.append(_runs(block.row_offsets + first, block.row_ids))
+            self._runs.append(id_runs(block.row_offsets + first, block.row_ids))
         if self._stable and block.updated is not None:
-            self._updated.append(_constant_runs(block.row_offsets + first, block.updated))
+            self._updated.append(constant_runs(block.row_offsets + first, block.updated))
         positions = block.offsets + first
         self.indexed[positions] = True
         return positions
@@ -236,63 +274,9 @@ class _RowBook:
         return Cover(
             physical_rows=self._task.physical_rows,
             fragments=self._task.fragments,
-            row_ids=RunTable.of(_joined_runs(self._runs)) if self._stable else None,
-            skipped=RunTable.of(_false_runs(self.indexed)),
-            deleted=RunTable.of(_false_runs(self._live)),
+            row_ids=RunTable.of(join_id_runs(self._runs)) if self._stable else None,
+            skipped=RunTable.of(false_runs(self.indexed)),
+            deleted=RunTable.of(false_runs(self._live)),
             remap=None,
-            updated=RunTable.of(_joined_constants(self._updated)) if self._stable else None,
+            updated=RunTable.of(join_constant_runs(self._updated)) if self._stable else None,
         )
-
-
-def _runs(positions: Int64Array, row_ids: UInt64Array) -> NDArray[np.uint64]:
-    """Return ``(first position, first row id, length)`` of runs where both count up by one."""
-    if not len(positions):
-        return np.empty((0, 3), dtype=np.uint64)
-    breaks = np.flatnonzero((np.diff(positions) != 1) | (np.diff(row_ids) != 1)) + 1
-    starts = np.concatenate(([0], breaks))
-    lengths = np.diff(np.concatenate((starts, [len(positions)])))
-    return np.stack((positions[starts].astype(np.uint64), row_ids[starts], lengths.astype(np.uint64)), axis=1)
-
-
-def _joined_runs(parts: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
-    """Join runs that go on over the border of two blocks."""
-    if not parts:
-        return np.empty((0, 3), dtype=np.uint64)
-    runs = np.concatenate(parts)
-    if len(runs) < 2:
-        return runs
-    ends = runs[:-1, :2] + runs[:-1, 2:]
-    goes_on = (ends == runs[1:, :2]).all(axis=1)
-    starts = np.flatnonzero(np.concatenate(([True], ~goes_on)))
-    joined: NDArray[np.uint64] = runs[starts].copy()
-    joined[:, 2] = np.add.reduceat(runs[:, 2], starts)
-    return joined
-
-
-def _constant_runs(positions: Int64Array, values: UInt64Array) -> NDArray[np.uint64]:
-    """Return ``(first position, value, length)`` of runs of neighbours with one value."""
-    if not len(positions):
-        return np.empty((0, 3), dtype=np.uint64)
-    breaks = np.flatnonzero((np.diff(positions) != 1) | (values[1:] != values[:-1])) + 1
-    starts = np.concatenate(([0], breaks))
-    lengths = np.diff(np.concatenate((starts, [len(positions)])))
-    return np.stack((positions[starts].astype(np.uint64), values[starts], lengths.astype(np.uint64)), axis=1)
-
-
-def _joined_constants(parts: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
-    """Join runs of one value that go on over the border of two blocks."""
-    runs = np.concatenate([np.empty((0, 3), dtype=np.uint64), *parts])
-    if len(runs) < 2:
-        return runs
-    goes_on = (runs[:-1, 0] + runs[:-1, 2] == runs[1:, 0]) & (runs[:-1, 1] == runs[1:, 1])
-    starts = np.flatnonzero(np.concatenate(([True], ~goes_on)))
-    joined: NDArray[np.uint64] = runs[starts].copy()
-    joined[:, 2] = np.add.reduceat(runs[:, 2], starts)
-    return joined
-
-
-def _false_runs(mask: NDArray[np.bool_]) -> NDArray[np.uint64]:
-    """Return ``(first position, length)`` of the runs of False."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([True], mask, [True])).astype(np.int8)))
-    starts, ends = edges[::2], edges[1::2]
-    return np.stack((starts, ends - starts), axis=1).astype(np.uint64)

@@ -49,8 +49,8 @@ def utc_now() -> datetime:
 class Lease:
     """Holds a generation while the block runs: ``with Lease.hold(store, generation, root=root) as lease:``.
 
-    A thread renews it. When the block ends well, its documents are removed; after an error the last one
-    says that it was given back. An error of the files that the block ends with, when the lease has run out
+    A thread renews it. When the block ends well, or nothing else was written, its documents are removed; else
+    the last one says that it was given back. An error of the files that the block ends with, when the lease has run out
     as well, is turned into `LeaseExpired`: that is why they are not there.
 
     Attributes
@@ -192,12 +192,14 @@ class Lease:
         self._number = number
 
     def _leave(self, *, well: bool) -> None:
-        if not well:
+        own = {self._name(number) for number in range(1, self._number + 1)}
+        if not well and any(file.name not in own for file in self._store.list(self.generation)):
+            # What was written may be resumed; this dates it for whoever collects.
             now = self._clock()
             self._write(now, now)
             return
-        for number in range(1, self._number + 1):
-            self._store.delete(self._name(number))
+        for name in sorted(own):
+            self._store.delete(name)
 
     def _name(self, number: int) -> str:
         return f"{self.generation}/lease-{number:08d}-{self.holder}.json"

@@ -168,7 +168,7 @@ def update_index(
             seconds=time.perf_counter() - started,
         )
     with new_generation(current) as (generation, lease):
-        kept = current.mapped_records(generation)
+        kept = current.placed_records(generation) if resolution.snapshot.tail else current.mapped_records(generation)
         offsets = {t.fragment_id: t.offsets for t in resolution.snapshot.tail if t.offsets is not None}
         tasks = _tasks(current, options) if resolution.snapshot.tail else ()
         added = encode_fragments(current, generation, tasks, options, offsets)

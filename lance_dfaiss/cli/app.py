@@ -11,12 +11,15 @@ import typer
 
 from .._version import __version__
 from .build import build
+from .change import adopt, rollback
 from .drop import drop
 from .edge import PROGRAM, CommandGroup, usage_error
+from .gc import gc
 from .look import describe, list_names
 from .options import command
 from .plan import plan
 from .search import search
+from .upkeep import optimize, sync, update
 from .verify import verify
 
 __all__ = ["app", "main"]
@@ -94,6 +97,12 @@ for name, function in (
     ("list", list_names),
     ("describe", describe),
     ("verify", verify),
+    ("update", update),
+    ("optimize", optimize),
+    ("sync", sync),
+    ("gc", gc),
+    ("rollback", rollback),
+    ("adopt", adopt),
     ("drop", drop),
 ):
     app.command(name)(command(function))

@@ -29,6 +29,13 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 # Remedies speak Python; these are the same words for a command line, longest first.
 _WORDS = (
     (re.compile(r"create_index\(\.\.\., replace=True\)"), f"{PROGRAM} build --replace"),
+    (re.compile(r"\badopt_index\([^)]*\)"), f"{PROGRAM} adopt --source DATASET"),
+    (
+        re.compile(r"\binclude_tail=False, or open the index with a larger max_tail_rows and max_tail_bytes"),
+        "--fast-search",
+    ),
+    (re.compile(r"\bsource=(\.{3}|'[^']*')"), lambda m: "--source" if m[1] == "..." else f"--source {m[1]}"),
+    (re.compile(r"\b(update|sync|optimize)_index\b"), rf"{PROGRAM} \1"),
     (re.compile(r"\ballowed_index_uris(?:=\S+)?"), "--allow-index-uri"),
     (re.compile(r"\bmemory_budget_bytes\b"), "--memory-budget"),
     (re.compile(r"\b(replace|resume)=True\b"), r"--\1"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .edge import PROGRAM
 from .output import Block, Facts, Line, Report, Table
-from .text import format_bytes, format_seconds
+from .text import counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from ..manage import IndexDescription
@@ -39,6 +40,7 @@ def index_report(found: IndexDescription) -> Report:
 
 def _document(found: IndexDescription) -> dict[str, Any]:
     manifest, stored = found.manifest, found.manifest.to_json()
+    answers = found.stale is None
     statistics = {**stored["statistics"], "seconds": dict(manifest.statistics.seconds)}
     return {
         "name": found.name,
@@ -48,8 +50,11 @@ def _document(found: IndexDescription) -> dict[str, Any]:
         **stored["spec"],
         "rows": {
             "indexed": found.indexed_rows,
-            "masked": found.masked_rows,
-            "live": found.indexed_rows - found.masked_rows,
+            "masked": found.masked_rows if answers else None,
+            "live": found.indexed_rows - found.masked_rows if answers else None,
+            "mapped": found.mapped_rows if answers else None,
+            "unsaved": found.unsaved_rows if answers else None,
+            "tail": found.tail_rows if answers else None,
             "skipped": stored["skipped"],
         },
         "shards": [
@@ -78,8 +83,8 @@ def _facts(found: IndexDescription) -> list[tuple[str, str]]:
         ("metric", spec.metric),
         ("rows indexed", f"{found.indexed_rows:,}"),
         ("rows skipped", _skipped(manifest.skipped)),
-        ("rows masked", f"{found.masked_rows:,}, deleted since" if found.masked_rows else "none"),
-        ("size", f"{format_bytes(found.length_bytes)} in {_counted(len(manifest.shards), 'shard')}"),
+        *(_standing(found) if found.stale is None else ()),
+        ("size", f"{format_bytes(found.length_bytes)} in {counted(len(manifest.shards), 'shard')}"),
         ("generation", manifest.generation),
         ("where", "in the dataset" if found.pointer.where == "dataset" else found.pointer.where),
         ("built", f"{manifest.created_at} by {manifest.created_by}, over version {manifest.dataset.version}"),
@@ -95,8 +100,22 @@ def _facts(found: IndexDescription) -> list[tuple[str, str]]:
     return facts
 
 
+def _standing(found: IndexDescription) -> list[tuple[str, str]]:
+    """Say how the rows of the index stand to those of the version, and what would help."""
+    mapped = f"{found.mapped_rows:,}, moved by compactions"
+    if found.unsaved_rows:
+        mapped += f", {found.unsaved_rows:,} of them not written down: run {PROGRAM} sync before old versions go"
+    tail = f"{found.tail_rows:,}, compared one by one: run {PROGRAM} update to index them"
+    return [
+        ("rows masked", f"{found.masked_rows:,}, deleted or written anew since" if found.masked_rows else "none"),
+        ("rows mapped", mapped if found.mapped_rows else "none"),
+        ("rows in the tail", tail if found.tail_rows else "none"),
+    ]
+
+
 def _skipped(skipped: SkipCounts) -> str:
-    reasons = [f"{count:,} {reason.replace('_', '-')}" for reason, count in skipped.to_json().items() if count]
+    words = {"deleted": "deleted or in another shard", "non_finite": "non-finite"}
+    reasons = [f"{count:,} {words.get(reason, reason)}" for reason, count in skipped.to_json().items() if count]
     return ", ".join(reasons) if reasons else "none"
 
 
@@ -122,7 +141,3 @@ def _recall_table(recall: RecallReport) -> Table:
         for point in recall.points
     ]
     return Table([*used, "recall", ""], rows)
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

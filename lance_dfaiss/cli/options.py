@@ -24,9 +24,12 @@ __all__ = [
     "ColumnArgument",
     "DatasetArgument",
     "IndexNameArgument",
+    "InvalidOption",
     "JsonFlag",
     "OptionalNameArgument",
+    "Reach",
     "TrustedAccess",
+    "WorkFlags",
     "command",
     "usage_errors",
 ]
@@ -50,16 +53,25 @@ OptionalNameArgument: TypeAlias = Annotated[
     typer.Argument(metavar="NAME", help="Name of the index; may be left out when the dataset has one."),
 ]
 JsonFlag: TypeAlias = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
+WorkersOption: TypeAlias = Annotated[int, _option("--num-workers", "Shards encoded at the same time.", panel=_HOW)]
+BudgetOption: TypeAlias = Annotated[
+    str | None,
+    _option(
+        "--memory-budget",
+        "Per worker, like 16G or 512MiB; half of the machine over the workers if left out.",
+        panel=_HOW,
+        metavar="SIZE",
+    ),
+]
+InvalidOption: TypeAlias = Annotated[
+    str, _option("--on-invalid", "Null, non-finite and zero vectors: skip or error.", panel=_HOW, metavar="ACTION")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Access:
-    """Where the index lies and how the dataset is reached."""
+class Reach:
+    """How the dataset is reached."""
 
-    index_uri: Annotated[
-        str | None,
-        _option("--index-uri", "Where the index lies when not in the dataset.", panel=_WHERE, metavar="URI"),
-    ] = None
     storage_option: Annotated[
         list[str],
         _option(
@@ -82,6 +94,16 @@ class Access:
                 raise usage_error(f"--storage-option {key} is given twice")
             found[key] = value
         return found or None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access(Reach):
+    """The same, and where the index lies."""
+
+    index_uri: Annotated[
+        str | None,
+        _option("--index-uri", "Where the index lies when not in the dataset.", panel=_WHERE, metavar="URI"),
+    ] = None
 
     def of_dataset(self) -> dict[str, Any]:
         """Return keyword arguments for the functions that take a dataset."""
@@ -143,20 +165,9 @@ class BuildFlags:
     num_shards: Annotated[
         int | None, _option("--num-shards", "Shards to write; as few as memory allows if left out.", panel=_HOW)
     ] = None
-    num_workers: Annotated[int, _option("--num-workers", "Shards encoded at the same time.", panel=_HOW)] = 1
-    memory_budget: Annotated[
-        str | None,
-        _option(
-            "--memory-budget",
-            "Per worker, like 16G or 512MiB; half of the machine over the workers if left out.",
-            panel=_HOW,
-            metavar="SIZE",
-        ),
-    ] = None
-    on_invalid: Annotated[
-        str,
-        _option("--on-invalid", "Null, non-finite and zero vectors: skip or error.", panel=_HOW, metavar="ACTION"),
-    ] = "skip"
+    num_workers: WorkersOption = 1
+    memory_budget: BudgetOption = None
+    on_invalid: InvalidOption = "skip"
     min_recall: Annotated[
         float | None, _option("--min-recall", "Refuse an index that measures less recall@10.", panel=_HOW)
     ] = None
@@ -199,6 +210,30 @@ class BuildFlags:
                 index_uri=index_uri,
                 progress=progress,
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkFlags:
+    """With how much of the machine shards are encoded."""
+
+    num_workers: WorkersOption = 1
+    memory_budget: BudgetOption = None
+
+    def given(self, **more: Any) -> dict[str, Any]:
+        """Return keyword arguments for the functions that encode; a usage error if a value cannot be used.
+
+        Parameters
+        ----------
+        **more
+            Others that `BuildOptions` has.
+        """
+        from ..spec import BuildOptions
+
+        with usage_errors():
+            budget = None if self.memory_budget is None else parse_bytes(self.memory_budget)
+            asked = {"num_workers": self.num_workers, "memory_budget_bytes": budget, **more}
+            BuildOptions(**asked)
+        return asked
 
 
 @contextmanager

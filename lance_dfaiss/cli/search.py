@@ -10,16 +10,19 @@ import typer
 from ..errors import InvalidArgument, StorageError
 from .edge import usage_error
 from .options import DatasetArgument, JsonFlag, TrustedAccess
-from .output import Report, Table, output
+from .output import Line, Report, Table, output
 from .progress import reporting
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from ..lance_io import PinnedDataset
-    from ..manifest import Manifest
+    from ..search import Explanation, Index
 
 __all__ = ["search"]
 
 _MAX_ROW_ID = 2**64 - 2
+_K = 10
 _QUERY, _RESULT = "What to look for, one of them", "What to return"
 
 
@@ -65,7 +68,27 @@ class QueryFlags:
 class ResultFlags:
     """What to return, and how hard to look."""
 
-    k: Annotated[int, typer.Option("--k", "-k", min=1, rich_help_panel=_RESULT, help="Rows to find.")] = 10
+    k: Annotated[
+        int | None, typer.Option("--k", "-k", min=1, rich_help_panel=_RESULT, help=f"Rows to find, {_K} if left out.")
+    ] = None
+    radius: Annotated[
+        float | None,
+        typer.Option("--radius", rich_help_panel=_RESULT, help="Find all rows nearer than this instead of k rows."),
+    ] = None
+    filter: Annotated[
+        str | None,
+        typer.Option(
+            "--filter", metavar="SQL", rich_help_panel=_RESULT, help="Look only among the rows that match Lance's SQL."
+        ),
+    ] = None
+    fast_search: Annotated[
+        bool,
+        typer.Option("--fast-search", rich_help_panel=_RESULT, help="Leave out rows that are not in the index yet."),
+    ] = False
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", rich_help_panel=_RESULT, help="Search, and say what was done instead of the rows."),
+    ] = False
     columns: Annotated[
         str | None,
         typer.Option(
@@ -84,6 +107,18 @@ class ResultFlags:
         typer.Option("--k-factor", min=1, rich_help_panel=_RESULT, help="Candidates per result to re-rank."),
     ] = None
 
+    def check(self) -> None:
+        """Raise a usage error for options that mean nothing together."""
+        if self.radius is None:
+            return
+        for option in ("explain", "k", "ef", "k_factor"):
+            if getattr(self, option) not in (None, False):
+                raise usage_error(f"--radius and --{option.replace('_', '-')} cannot be given together")
+
+    def among(self) -> dict[str, Any]:
+        """Return keyword arguments that every kind of search takes."""
+        return {"filter": self.filter, "nprobe": self.nprobe, "fast_search": self.fast_search}
+
 
 def search(
     dataset: DatasetArgument,
@@ -98,7 +133,10 @@ def search(
 ) -> None:
     """Find the rows nearest to a query."""
     query.check()
+    result.check()
     given, where = _given_query(query), access.of_dataset()
+    if result.radius is not None and given is not None and _count(given) != 1:
+        raise usage_error(f"--radius takes one query, and {query.vector_file!r} has {_count(given)}: choose a --row")
     from .. import open_index
     from ..lance_io import PinnedDataset, open_dataset
 
@@ -106,24 +144,61 @@ def search(
     with reporting(only_on_terminal=True) as progress:
         opened = open_index(handle, index, progress=progress, **where)
     pinned = PinnedDataset(handle)
-    table = opened.search(
-        given if query.like_row is None else _vector_of(pinned, opened.manifest, query.like_row),
-        result.k,
-        columns=_columns(result.columns, pinned, opened.manifest),
-        nprobe=result.nprobe,
-        ef=result.ef,
-        k_factor=result.k_factor,
+    if query.like_row is not None:
+        given = _vector_of(pinned, opened, query.like_row)
+    columns = _columns(result.columns, pinned, opened)
+    output(as_json=as_json).show(
+        _explained(opened, given, columns, result) if result.explain else _found(opened, given, columns, result)
     )
+
+
+def _found(opened: Index, query: Any, columns: list[str], result: ResultFlags) -> Report:
+    table: pa.Table
+    if result.radius is None:
+        table = opened.search(
+            query, result.k or _K, columns=columns, ef=result.ef, k_factor=result.k_factor, **result.among()
+        )
+    else:
+        table = opened.range_search(query, result.radius, columns=columns, **result.among())
     rows = table.to_pylist()
     document = {
         "index": opened.name,
         "version": opened.version,
         "metric": opened.manifest.spec.metric,
-        "k": result.k,
+        "k": (result.k or _K) if result.radius is None else None,
+        "radius": result.radius,
+        "filter": result.filter,
         "rows": rows,
     }
-    shown = Table(table.schema.names, [list(row.values()) for row in rows])
-    output(as_json=as_json).show(Report(document, [shown]))
+    return Report(document, [Table(table.schema.names, [list(row.values()) for row in rows])])
+
+
+def _explained(opened: Index, query: Any, columns: list[str], result: ResultFlags) -> Report:
+    told: Explanation = opened.explain(
+        query, result.k or _K, columns=columns, ef=result.ef, k_factor=result.k_factor, **result.among()
+    )
+    document = {
+        "index": opened.name,
+        "version": told.version,
+        "queries": told.queries,
+        "k": told.k,
+        "filter": result.filter,
+        "results": told.results,
+        "seconds": told.seconds,
+        "rows": {
+            "live": told.live_rows,
+            "masked": told.masked_rows,
+            "mapped": told.mapped_rows,
+            "tail": told.tail_rows,
+        },
+        "stages": [{"name": stage.name, "seconds": stage.seconds, **stage.facts} for stage in told.stages],
+    }
+    return Report(document, [Line(text) for text in str(told).splitlines()])
+
+
+def _count(queries: Any) -> int:
+    """Count the queries: a list is the numbers of one, an array of two dimensions has one per row."""
+    return len(queries) if getattr(queries, "ndim", 1) == 2 else 1
 
 
 def _given_query(query: QueryFlags) -> Any:
@@ -157,13 +232,13 @@ def _from_file(path: str, row: int | None) -> Any:
     return stored[row]
 
 
-def _vector_of(pinned: PinnedDataset, manifest: Manifest, row_id: int) -> Any:
+def _vector_of(pinned: PinnedDataset, opened: Index, row_id: int) -> Any:
     """Return the stored vector of a row, float32 ``(dim,)``."""
     import numpy as np
 
     from ..vectors import decode_vectors
 
-    column = manifest.dataset.column
+    column = opened.view.resolution.column.name  # by which it may be called now
     try:
         fetched = pinned.fetch(np.array([row_id], dtype=np.uint64), [column])
     except StorageError as exc:
@@ -173,7 +248,7 @@ def _vector_of(pinned: PinnedDataset, manifest: Manifest, row_id: int) -> Any:
             parameter="like_row",
             value=row_id,
         ) from exc
-    spec = manifest.spec
+    spec = opened.manifest.spec
     decoded = decode_vectors(fetched.column(0).combine_chunks(), spec.dim, spec.metric, column=column)
     if not decoded.usable[0]:
         raise InvalidArgument(
@@ -185,8 +260,8 @@ def _vector_of(pinned: PinnedDataset, manifest: Manifest, row_id: int) -> Any:
     return decoded.values[0]
 
 
-def _columns(text: str | None, pinned: PinnedDataset, manifest: Manifest) -> list[str]:
+def _columns(text: str | None, pinned: PinnedDataset, opened: Index) -> list[str]:
     if text is not None:
         return [name.strip() for name in text.split(",") if name.strip()]
     # Hundreds of numbers a row tell a reader nothing; whoever wants them names the column.
-    return [name for name in pinned.lance.schema.names if name != manifest.dataset.column]
+    return [name for name in pinned.lance.schema.names if name != opened.view.resolution.column.name]

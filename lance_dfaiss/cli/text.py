@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from decimal import Decimal
 
-__all__ = ["format_bytes", "format_seconds", "parse_bytes", "printable"]
+__all__ = ["counted", "format_bytes", "format_seconds", "parse_bytes", "parse_duration", "printable"]
 
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)(?:([KMGT])(I?B)?|B)?", re.ASCII | re.IGNORECASE)
 _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_DURATION = re.compile(r"([0-9]{1,7}(?:\.[0-9]{1,3})?)([smhdw])", re.ASCII | re.IGNORECASE)
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 def parse_bytes(text: str) -> int:
@@ -34,6 +37,21 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def parse_duration(text: str) -> timedelta:
+    """Return the time that a duration like ``90s``, ``30m``, ``1.5h``, ``2d`` or ``1w`` means.
+
+    Raises
+    ------
+    ValueError
+        If the text is anything else.
+    """
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a duration: write it like 90s, 30m, 1.5h, 2d or 1w")
+    number, unit = match.groups()
+    return timedelta(seconds=float(Decimal(number) * _SECONDS[unit.lower()]))
+
+
 def format_bytes(size: int) -> str:
     """Return a size in the largest power of 1024 that leaves at least one, with one decimal."""
     value, unit = float(size), 0
@@ -55,6 +73,11 @@ def format_seconds(seconds: float) -> str:
         if minutes < 60
         else (f"{minutes // 60} h {minutes % 60:02d} min")
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural where that is right."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def printable(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import faiss
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +20,18 @@ class Mask:
     ----------
     live : numpy.ndarray
         bool ``(positions,)``.
+
+    Attributes
+    ----------
+    parameters : dict
+        Search parameters made for this mask: kept here, so that they go when it goes.
     """
 
     def __init__(self, live: NDArray[np.bool_]) -> None:
         self.live_rows = int(np.count_nonzero(live))
         self._bits = np.packbits(live, bitorder="little")
         self.selector = faiss.IDSelectorBitmap(len(live), faiss.swig_ptr(self._bits))
+        self.parameters: dict[tuple[str, int, int, int], Any] = {}
 
     @property
     def ram_bytes(self) -> int:

@@ -21,12 +21,12 @@ from .encoder import code_table
 from .factory import Capability, ivf_of
 from .mask import Mask
 
-__all__ = ["RangeSearcher", "probed_lists"]
+__all__ = ["RangeSearcher", "exact_queries", "probed_lists"]
 
 # Rows whose codes are gathered, or decoded, at a time.
 _BLOCK_ROWS = 32_768
 
-# From 20 queries on, FAISS computes L2 in a way that loses small distances.
+# Queries of one call: what they find is held twice for a moment.
 _FEW_QUERIES = 16
 
 _Bytes = NDArray[np.uint8]
@@ -180,6 +180,15 @@ def probed_lists(base: Any, queries: Float32Array, nprobe: int) -> tuple[Float32
     return distances, numbers
 
 
+def exact_queries(dim: int) -> int:
+    """Return how many queries of a call FAISS compares one by one.
+
+    From ``distance_compute_blas_threshold`` elements on it computes L2 in a flat index by
+    ``|x|^2 + |y|^2 - 2xy``, which loses small distances (1.15.1).
+    """
+    return max((int(faiss.cvar.distance_compute_blas_threshold) - 1) // dim, 1)
+
+
 def _seen(base: Any, queries: Float32Array) -> Float32Array:
     for transform in transforms_of(base):
         queries = transform.apply(queries)
@@ -195,8 +204,9 @@ def _allowed(positions: Int64Array, mask: Mask | None) -> Int64Array:
 
 
 def _in_few(index: Any, queries: Float32Array, radius: float, params: Any) -> Iterator[_Found]:
-    for start in range(0, len(queries), _FEW_QUERIES):
-        few = queries[start : start + _FEW_QUERIES]
+    width = min(_FEW_QUERIES, exact_queries(int(index.d)))
+    for start in range(0, len(queries), width):
+        few = queries[start : start + width]
         limits, distances, positions = index.range_search(few, radius, params=params)
         limits = limits.astype(np.int64)
         for row in range(len(few)):

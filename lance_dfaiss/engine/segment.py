@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import faiss
@@ -14,26 +15,29 @@ from ..errors import InvalidArgument
 from ..types import Float32Array, Int64Array
 from .blocks import block_layout, invlists_of, move_what_faiss_cannot
 from .decode import Decoder
-from .encoder import ShardEncoder, list_sizes
+from .encoder import ShardEncoder, code_table, list_sizes
 from .factory import capability_of, faiss_metric, inner_index, ivf_of
 from .mask import Mask
 from .model import Model
-from .ranges import RangeSearcher, probed_lists
+from .ranges import RangeSearcher, exact_queries, probed_lists
 
 __all__ = ["CodeStage", "Probed", "Segment", "flat_segment", "merge_shards"]
 
-# From this many queries on, FAISS computes L2 by |x|^2 + |y|^2 - 2xy, which loses small distances.
-_BLAS_QUERIES = 20
-
-# Results taken beyond k before such distances are computed again, so that rounding at the border
-# of the first k pushes nothing out.
+# Results taken beyond k where FAISS gets L2 from lengths and products, before distances are computed again: rounding
+# at the border of the first k then pushes nothing out.
 _BLAS_SPARE = 8
+
+# What such a distance may be off by, as a share of both squared lengths: float32 sums of up to some thousand terms.
+_BLAS_ERROR = 4e-6
+
+# Rows whose lengths are computed at a time.
+_NORM_ROWS = 65_536
 
 # FAISS multiplies k by k_factor as float32 and refuses less than k: above 2**24 that could round down.
 # Below 2**21 the product ends up as the same whole number.
 _ROUNDED_UP = 1 + 2**-22
 
-# Kinds of search parameters kept ready per segment; a server sees a handful.
+# Kinds of search parameters kept ready per segment, and per mask; a server sees a handful.
 _PARAMETER_CACHE = 64
 
 
@@ -98,7 +102,8 @@ class Segment:
         self._searched = base if refine is None else _refined(base, refine)
         self._larger_is_closer = base.metric_type == faiss.METRIC_INNER_PRODUCT
         self._rescored = isinstance(base, faiss.IndexFlat) and not self._larger_is_closer
-        self._parameters: dict[tuple[int, int, int, int], tuple[Any, Mask | None]] = {}
+        self._kind = f"{type(base).__name__} {type(refine).__name__}"
+        self._parameters: dict[tuple[str, int, int, int], Any] = {}
         self._decoder = Decoder(base, refine, self.capability, positions)
         self._ranges = RangeSearcher(base, refine, self.capability, self._decoder)
 
@@ -161,7 +166,7 @@ class Segment:
             # FAISS makes room for all of it, and its floats and ints end long before ours.
             reach, k_factor = max(k, self.positions), max(-(-self.positions // k), 1)
         params = self._params(nprobe, min(max(ef, reach), max(k, self.positions)), k_factor, mask)
-        if self._rescored and len(queries) >= _BLAS_QUERIES:
+        if self._rescored and len(queries) > exact_queries(self.model.spec.dim):
             return self._search_rescored(queries, k, params)
         # Straight to the C++ method: FAISS's own wrapper checks again what is known here.
         distances = np.empty((len(queries), k), dtype=np.float32)
@@ -301,28 +306,49 @@ class Segment:
     def _search_rescored(self, queries: Float32Array, k: int, params: Any) -> tuple[Float32Array, Int64Array]:
         width = k + _BLAS_SPARE
         distances, positions = self._base.search(queries, width, params=params)
+        reached = np.where(positions[:, -1] < 0, np.inf, distances[:, -1])
         self._base.compute_distance_subset(
             len(queries), faiss.swig_ptr(queries), width, faiss.swig_ptr(distances), faiss.swig_ptr(positions)
         )
         distances[positions < 0] = np.inf
-        order = np.lexsort((positions, distances), axis=1)[:, :k]
-        return np.take_along_axis(distances, order, axis=1), np.take_along_axis(positions, order, axis=1)
+        distances, positions = _in_order(distances, positions, k)
+        # A row that was not reached is at least this far: where that is no further than the last result, vectors
+        # are so much longer than their distances that the quick way is worth nothing.
+        with np.errstate(over="ignore", invalid="ignore"):
+            least = reached - _BLAS_ERROR * (np.square(queries).sum(axis=1) + self._longest)
+        again = np.flatnonzero(distances[:, -1] > least)
+        few = exact_queries(self.model.spec.dim)
+        for start in range(0, len(again), few):
+            rows = again[start : start + few]
+            raw, found = self._base.search(queries[rows], k, params=params)
+            distances[rows], positions[rows] = _in_order(raw, found, k)
+        return distances, positions
+
+    @cached_property
+    def _longest(self) -> float:
+        """Largest squared length of a vector of a flat base."""
+        table, longest = code_table(self._base).view(np.float32), 0.0
+        for start in range(0, len(table), _NORM_ROWS):
+            some = table[start : start + _NORM_ROWS]
+            with np.errstate(over="ignore"):
+                longest = max(longest, float(np.einsum("ij,ij->i", some, some).max()))
+        return longest
 
     def _params(self, nprobe: int, ef: int, k_factor: int, mask: Mask | None) -> Any:
         # Threads share this without a lock. Each step is one dictionary operation, and those are atomic; what
         # was found is held by this call, whoever clears the dictionary meanwhile, and FAISS only reads it. The
         # worst that a race does is to make the same parameters twice, or to drop some that are made again.
-        key = (nprobe, ef, k_factor, id(mask))
-        found = self._parameters.get(key)
+        held = self._parameters if mask is None else mask.parameters
+        key = (self._kind, nprobe, ef, k_factor)
+        found = held.get(key)
         if found is None:
-            params = _base_params(self._base, nprobe, ef, mask)
+            found = _base_params(self._base, nprobe, ef, mask)
             if self._refine is not None:
-                params = faiss.IndexRefineSearchParameters(k_factor=k_factor * _ROUNDED_UP, base_index_params=params)
-            if len(self._parameters) >= _PARAMETER_CACHE:
-                self._parameters.clear()
-            # The mask is kept with its parameters, so that its id cannot be given to another one.
-            found = self._parameters[key] = (params, mask)
-        return found[0]
+                found = faiss.IndexRefineSearchParameters(k_factor=k_factor * _ROUNDED_UP, base_index_params=found)
+            if len(held) >= _PARAMETER_CACHE:
+                held.clear()
+            held[key] = found
+        return found
 
     def _final_distances(self, queries: Float32Array, found: list[Int64Array]) -> list[Float32Array] | None:
         if self._refine is None:
@@ -403,6 +429,11 @@ def merge_shards(
     if isinstance(ivf, faiss.IndexIVFPQ):
         ivf.precompute_table()
     return [(0, Segment(model, base, refine, first))]
+
+
+def _in_order(distances: Float32Array, positions: Int64Array, k: int) -> tuple[Float32Array, Int64Array]:
+    order = np.lexsort((positions, distances), axis=1)[:, :k]
+    return np.take_along_axis(distances, order, axis=1), np.take_along_axis(positions, order, axis=1)
 
 
 def _reserve(store: Any | None, rows: int) -> None:

@@ -278,9 +278,9 @@ class _Seeker:
         for name, texts in pointer_files(self._pinned, self._index_uri).items():
             # Only the newest file counts; from the others we learn what was current before.
             *superseded, newest = texts
-            for text in superseded:
-                if text is not None:
-                    self._take(name, text, "", newest=False)
+            for older in superseded:
+                if older is not None:
+                    self._take(name, older, "", newest=False)
             if newest is not None:
                 self._take(name, newest, f"the pointer under {self._index_uri}", newest=True)
 

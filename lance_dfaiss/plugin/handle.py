@@ -298,7 +298,8 @@ class DfaissDataset(LanceDataset):
             return super().scanner(*args, **kwargs)
         # Lance asks its index for the metric that a query does not name, and so do we, whoever answers.
         given["nearest"] = {**nearest, "metric": nearest.get("metric") or generations[0].manifest.spec.metric}
-        native = functools.partial(super().scanner, **given)
+        # A copy: this handle may have moved on by the time that the scanner is read.
+        native = functools.partial(plain(self).scanner, **given)
         handle = PinnedDataset(plain(self)).lance
         reasons: list[str] = []
         for generation in self._nearest_to_whole(generations, reasons):

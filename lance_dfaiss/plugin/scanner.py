@@ -119,8 +119,11 @@ class Answer:
     def tell_once(self, exc: TailTooLarge) -> None:
         """Warn, the first time for a version, that searches of it are slow."""
         if self._opened.untold.acquire(blocking=False):
-            _log.warning("index %r cannot answer, Lance searches by itself until update_index has run: %s",
-                self._index.name, exc.message)  # fmt: skip
+            _log.warning(
+                "index %r cannot answer, Lance searches by itself until update_index has run: %s",
+                self._index.name,
+                exc.message,
+            )
 
     def _search(self, k: int) -> tuple[Float32Array, UInt64Array]:
         """Search k rows; like Lance, look in more lists while a query has found too few."""

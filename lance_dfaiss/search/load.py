@@ -73,7 +73,8 @@ def read_generation(pinned: PinnedDataset, found: FoundPointer, allowed: Sequenc
         raise MissingFile(
             f"the manifest of index {found.name!r} is not at {store.location}: this dataset is a copy of"
             f" {pointer.root}, and copying a dataset leaves its index behind",
-            remedy="Copy its _dfaiss folder too, or build the index here with create_index(..., replace=True)",
+            remedy=f"Copy them with adopt_index(dataset, {found.name!r}, source=...), or build the index here with"
+            " create_index(..., replace=True)",
             location=store.location,
         ) from exc
     manifest = decode_manifest(data, location=f"{store.location}/{pointer.manifest.name}")

@@ -192,6 +192,28 @@ class Places:
         starts = np.append(np.zeros(1, np.int64), np.flatnonzero(~goes_on) + 1)
         return Places(position[starts], fragment_id[starts], offset[starts], np.add.reduceat(length, starts))
 
+    def cut(self, borders: Int64Array) -> Places:
+        """Return the same rows, no run with positions on both sides of a border.
+
+        Parameters
+        ----------
+        borders : numpy.ndarray
+            int64, increasing: first positions of the parts.
+        """
+        first = np.searchsorted(borders, self.positions, side="right")
+        inside = np.searchsorted(borders, self.positions + self.lengths, side="left") - first
+        if not (inside > 0).any():
+            return self
+        pieces = np.maximum(inside, 0) + 1
+        run = np.repeat(np.arange(len(self)), pieces)
+        number = expand(np.zeros(len(self), dtype=np.int64), pieces)
+        starts = np.where(number == 0, self.positions[run], borders[np.maximum(first[run] + number - 1, 0)])
+        ends = np.append(starts[1:], 0)
+        last = np.cumsum(pieces) - 1
+        ends[last] = self.positions + self.lengths
+        ahead = starts - self.positions[run]
+        return Places(starts, self.fragment_ids[run], self.offsets[run] + ahead, ends - starts)
+
     def disjoint(self) -> Places:
         """Return the same rows, no position and no address twice; the first run in order wins."""
         if not _overlaps(self.positions, self.lengths) and not _overlaps(self.addresses, self.lengths):

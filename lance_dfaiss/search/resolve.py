@@ -93,6 +93,8 @@ def resolve_generation(
     followed, unknown = _follow(pinned, column, located, states, since)
     if len(unknown) and _may_trust_row_ids(pinned, generation):
         followed = Places.join([followed, _by_row_id(pinned, covers, located, followed, unknown, states)])
+    # Rows of two shards may have become neighbours, and one run: each cover has its own.
+    followed = followed.cut(np.cumsum([cover.physical_rows for cover in covers]))
     live = _live_offsets(pinned, states, (located.direct, located.mapped, followed), before)
     snapshot = settle(covers, states, located, followed, live[0], version=pinned.version)
     remaps = new_remaps(covers, states, located, followed, version=pinned.version)

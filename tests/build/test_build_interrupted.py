@@ -73,7 +73,9 @@ def check_goes_on(path: Path, templates: Templates, before: set[str], *, committ
     assert lance_dfaiss.verify_index(str(path)) == []
     begun = {
         generation: sorted(
-            file.name for file in (path / "_dfaiss" / generation).glob("*-*.json") if not file.name.startswith("man")
+            file.name
+            for file in (path / "_dfaiss" / generation).glob("*-*.json")
+            if not file.name.startswith(("man", "lease"))
         )
         for generation in generations(path) - before
         if (path / "_dfaiss" / generation / "plan.json").exists()
@@ -135,7 +137,8 @@ def test_steps_reach_every_phase_and_file(templates: Templates) -> None:
         assert f"end of {phase}" in templates.steps
     written = {step.removeprefix("after ") for step in templates.steps if step.startswith("after ")}
     shards = {f"shard-{i:05d}.{kind}" for i in range(4) for kind in ("faiss", "refine.faiss", "check.npz", "json")}
-    assert written == {"model.faiss", "queries.npz", "model.json", "plan.json", "manifest.json", "pointer"} | shards
+    others = {"model.faiss", "queries.npz", "model.json", "plan.json", "manifest.json", "pointer"}
+    assert written == others | {"lease-00000001.json"} | shards
 
 
 def test_stopped_twice_goes_on_from_where_it_got(nursery: Nursery, templates: Templates, tmp_path: Path) -> None:

@@ -173,6 +173,9 @@ def test_describe_tells_all(indexed: str) -> None:
         "indexed": ROWS - 1,
         "masked": 0,
         "live": ROWS - 1,
+        "mapped": 0,
+        "unsaved": 0,
+        "tail": 0,
         "skipped": {"deleted": 0, "null": 1, "non_finite": 0, "zero": 0},
     }
     assert found["stale"] is None
@@ -185,13 +188,14 @@ def test_describe_tells_all(indexed: str) -> None:
 
 def test_describe_says_when_an_index_is_stale(fresh: str) -> None:
     invoke("build", fresh, "vector", "--index-type", "FLAT")
-    dataset = lance.dataset(fresh)
-    dataset.delete("id < 3")
+    lance.dataset(fresh).drop_columns(["vector"])
     found = document("describe", fresh)
-    assert (found["rows"]["masked"], found["stale"]) == (3, None)
-    lance.write_dataset(dataset.to_table(limit=2), fresh, mode="append")
-    assert "fragments 3 were added" in document("describe", fresh)["stale"]
-    assert "cannot answer for version" in invoke("describe", fresh)[0]
+    assert "has no vector column 'vector'" in found["stale"]
+    unknown = ("masked", "live", "mapped", "unsaved", "tail")
+    assert [found["rows"][name] for name in ("indexed", *unknown)] == [ROWS - 1] + [None] * 5
+    out, _ = invoke("describe", fresh)
+    assert "cannot answer for version" in out
+    assert "rows masked" not in out
 
 
 def test_verify_finds_nothing_in_a_good_index(indexed: str) -> None:
@@ -266,6 +270,19 @@ def test_index_uri_is_looked_in(tmp_path: Path) -> None:
         (["search", "D", "--like-row", "-1"], "--like-row"),
         (["search", "D", "--like-row", "1", "-k", "0"], "-k"),
         (["search", "D", "--vector-file", "nowhere.npy"], "cannot be read as a .npy file"),
+        (["search", "D", "--like-row", "1", "--radius", "x"], "--radius"),
+        (["search", "D", "--like-row", "1", "--radius", "1", "-k", "3"], "--radius and --k cannot be given together"),
+        (["search", "D", "--like-row", "1", "--radius", "1", "--ef", "3"], "--radius and --ef cannot"),
+        (["search", "D", "--like-row", "1", "--radius", "1", "--k-factor", "3"], "--radius and --k-factor cannot"),
+        (["search", "D", "--like-row", "1", "--radius", "1", "--explain"], "--radius and --explain cannot"),
+        (["update", "D", "--num-workers", "0"], "num_workers must be a whole number of at least 1"),
+        (["update", "D", "--memory-budget", "8X"], "'8X' is not a size"),
+        (["update", "D", "--on-invalid", "warn"], "on_invalid must be one of"),
+        (["optimize", "D", "--max-dead-share", "1.5"], "--max-dead-share"),
+        (["optimize", "D", "--memory-budget", "0"], "less than one byte"),
+        (["gc", "D", "--min-age", "1"], "'1' is not a duration"),
+        (["gc", "D", "--keep-previous", "-1"], "--keep-previous"),
+        (["adopt", "D", "--index-uri", "x"], "--index-uri"),
         (["drop", "D"], "NAME"),
         (["frobnicate"], "frobnicate"),
         (["--log-level", "loud", "list", "D"], "--log-level must be one of"),
@@ -309,6 +326,11 @@ def test_wrong_vector_files(content: Any, row: str, says: str, indexed: str, tmp
         (["search", "D", "--like-row", "99999"], "row 99999 cannot be read", "_rowid"),
         (["search", "D", "--like-row", "1", "--columns", "nope"], "no column 'nope'", "It has id, word, vector"),
         (["search", "D", "--like-row", "1", "--nprobe", "5"], "between 1 and the 4 partitions", ""),
+        (["search", "D", "--like-row", "1", "--radius", "0"], "radius must be above 0 under l2", ""),
+        (["search", "D", "--like-row", "1", "--filter", "nope = 1"], "No field named nope", "It has id, word, vector"),
+        (["search", "D", "--like-row", "1", "--filter", "id ="], "Expected: an expression", ""),
+        (["update", "D", "nope"], "there is no index 'nope'", "It has 'vector_idx'"),
+        (["rollback", "D"], "has no generation before", "Build or update it"),
     ],
 )
 def test_failures_say_what_to_do(arguments: list[str], says: str, remedy: str, indexed: str) -> None:

@@ -10,9 +10,13 @@ import pytest
 from tests.cli.helpers import invoke
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
-COMMANDS = ("build", "plan", "search", "list", "describe", "verify", "drop")
+COMMANDS = (
+    "build", "plan", "search", "list", "describe", "verify",
+    "update", "optimize", "sync", "gc", "rollback", "adopt", "drop",
+)  # fmt: skip
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-FOR_EVERY_COMMAND = {"--json", "--index-uri", "--storage-option", "--allow-index-uri", "--help"}
+FOR_ALL = {"--json", "--index-uri", "--storage-option", "--help"}
+FOR_EVERY_COMMAND = {*FOR_ALL, "--allow-index-uri"}
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +53,8 @@ def test_global_options_are_documented() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_documented(command: str) -> None:
     listed = options(command)
-    assert {"--json", "--index-uri", "--storage-option", "--help"} <= listed
+    # A copy has its own files or none: there is no other place to look for its index.
+    assert FOR_ALL - ({"--index-uri"} if command == "adopt" else set()) <= listed
     documented = set(OPTION.findall(section("build" if command == "plan" else command)))
     assert listed - documented - FOR_EVERY_COMMAND == set()
 
@@ -65,4 +70,6 @@ def test_the_page_names_no_option_that_does_not_exist() -> None:
 
 def test_the_page_describes_trust_for_those_who_need_it() -> None:
     trusting = {command for command in COMMANDS if "--allow-index-uri" in options(command)}
-    assert trusting == {"search", "describe", "verify"}
+    assert trusting == {"search", "describe", "verify", "update", "optimize", "sync", "rollback", "adopt"}
+    section_of = section("For every command")
+    assert all(f"`{command}`" in section_of for command in trusting)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import lance
 import pytest
 
 from lance_dfaiss import __version__
@@ -33,7 +34,9 @@ def test_the_script_is_installed() -> None:
     assert done.stdout == f"lance-dfaiss {__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["search", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["build", "--help"], ["search", "--help"], ["gc", "--help"], ["--version"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import atexit, sys\n"
@@ -60,6 +63,18 @@ def test_build_in_a_pipe_writes_no_terminal_codes(tmp_path: Path) -> None:
         out, err = run(*arguments)
         assert out
         assert "\x1b" not in out + err
+
+
+def test_a_nightly_run(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    run("build", path, "vector", "--index-type", "FLAT")
+    lance.write_dataset(lance.dataset(path).to_table(limit=30), path, mode="append")
+    out, err = run("update", path, "--json")
+    assert json.loads(out)["added_rows"] == 29
+    assert [line.split()[0] for line in err.splitlines()] == ["encode"]
+    assert run("sync", path)[0].startswith("nothing to do: ")
+    assert run("gc", path, "--dry-run")[0].startswith("nothing to delete\n")
+    assert run("gc", path, "--min-age", "soon", expect=2)[0] == ""
 
 
 def test_a_terminal_gets_bars_and_tables(tmp_path: Path) -> None:

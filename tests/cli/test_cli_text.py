@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lance_dfaiss.cli.text import format_bytes, format_seconds, parse_bytes, printable
+from lance_dfaiss.cli.text import counted, format_bytes, format_seconds, parse_bytes, parse_duration, printable
 
 
 @pytest.mark.parametrize(
@@ -109,3 +111,29 @@ def test_a_time_is_shown_to_two_digits_or_three(seconds: float, text: str) -> No
 
 def test_text_cannot_steer_the_terminal() -> None:
     assert printable("é\x1b[31m\n\u202e") == r"é\x1b[31m\n\u202e"
+
+
+@pytest.mark.parametrize(
+    ("text", "means"),
+    [
+        ("90s", timedelta(seconds=90)),
+        ("30m", timedelta(minutes=30)),
+        ("1.5H", timedelta(minutes=90)),
+        ("2d", timedelta(days=2)),
+        ("1w", timedelta(days=7)),
+        ("0s", timedelta(0)),
+        ("9999999w", timedelta(weeks=9_999_999)),
+    ],
+)
+def test_a_duration_means_its_time(text: str, means: timedelta) -> None:
+    assert parse_duration(text) == means
+
+
+@pytest.mark.parametrize("text", ["", "1", "h", "1 h", "-1h", "1h30m", "1y", "1e3s", "99999999w", "١h"])
+def test_other_text_is_no_duration(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a duration"):
+        parse_duration(text)
+
+
+def test_one_is_singular() -> None:
+    assert [counted(number, "row") for number in (0, 1, 2, 1_000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -62,12 +63,20 @@ def test_small_distances_far_from_the_origin_stay_exact() -> None:
     vectors = (1000 + 0.01 * rng.standard_normal((200, DIM))).astype(np.float32)
     segment = flat_segment(_model("l2"), vectors)
     expected = _values(segment, vectors, vectors[:40])
-    raw, found = segment.search(vectors[:40], 200, **_WIDTHS)
-    np.testing.assert_allclose(raw, np.take_along_axis(expected, found, axis=1), rtol=1e-4)
-    limits, distances, positions = segment.range_search(vectors[:40], 1e-3, nprobe=1)
-    np.testing.assert_array_equal(np.diff(limits), (expected < 1e-3).sum(axis=1))
-    rows = np.repeat(np.arange(40), np.diff(limits))
-    np.testing.assert_allclose(distances, expected[rows, positions], rtol=1e-4)
+    many = np.tile(vectors[:40], (210, 1))
+    assert len(many) * DIM > faiss.cvar.distance_compute_blas_threshold, "FAISS must take its quick way here"
+    for k in (10, 200):
+        for queries in (vectors[:40], many):
+            raw, found = segment.search(queries, k, **_WIDTHS)
+            for start in (0, len(queries) - 40):
+                # What is equal in float32 may change places.
+                mine = slice(start, start + 40)
+                np.testing.assert_allclose(raw[mine], np.sort(expected, axis=1)[:, :k], rtol=1e-4)
+                np.testing.assert_allclose(raw[mine], np.take_along_axis(expected, found[mine], axis=1), rtol=1e-4)
+    limits, distances, positions = segment.range_search(many, 1e-3, nprobe=1)
+    np.testing.assert_array_equal(np.diff(limits)[:40], (expected < 1e-3).sum(axis=1))
+    rows = np.repeat(np.arange(40), np.diff(limits)[:40])
+    np.testing.assert_allclose(distances[: len(rows)], expected[rows, positions[: len(rows)]], rtol=1e-4)
 
 
 @pytest.mark.parametrize("masked", [False, True])

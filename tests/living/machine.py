@@ -174,7 +174,7 @@ class LivingMachine(RuleBasedStateMachine):
         if what == "drop":
             self._step("drop", name)
         else:
-            self._step("upkeep", "rollback", name)
+            self._step("rollback", name)
 
     @rule(name=NAMES)
     @precondition(lambda self: self.world.line.cloned)

@@ -29,6 +29,7 @@ from lance_dfaiss.errors import (
     InvalidArgument,
     InvalidVectors,
     MissingFile,
+    NoPreviousGeneration,
     UnknownColumn,
 )
 from tests.living.truth import DIM, FILTERS, NO_FILTER, Filter, Truth, first_schema, make_rows, vector_name
@@ -117,7 +118,8 @@ class World:
         self._made = 0
         self._checks = 0
         self._tags: dict[str, str] = {}
-        # Roots whose files gc has thinned out since: a clone's pointer may lead to what is gone.
+        # Roots where gc was told to keep no previous generation.
+        self._thinned: set[Path] = set()
         self._truths: dict[tuple[str, int], Truth] = {}
 
     @property
@@ -439,11 +441,9 @@ class World:
         )
 
     def upkeep(self, what: str, name: str, **options: Any) -> str:
-        """Update, sync, optimize, or roll an index back."""
+        """Update, sync or optimize an index."""
         handle = self.line.handle
         refused = self._refusal(self.line, handle, name)
-        if what == "rollback" and refused is not IndexNotFound:
-            return self._rollback(name)
         call = getattr(lance_dfaiss, f"{what}_index")
         reports: list[Any] = []
         before = handle.version
@@ -466,31 +466,37 @@ class World:
         assert not lance_dfaiss.update_index(self.line.handle, name).changed
         assert self.line.handle.version == version
 
-    def _rollback(self, name: str) -> str:
-        pointer = json.loads(self.line.handle.metadata[_KEY + name])
-        previous = pointer["previous"]
+    def rollback(self, name: str) -> str:
+        """Make the generation current that was before; it must be there unless gc was told not to keep it."""
+        text = self.line.handle.metadata.get(_KEY + name)
+        previous = None if text is None else json.loads(text)["previous"]
         expected: tuple[type[DfaissError], ...] = ()
-        if previous is None:
-            expected = (DfaissError,)
-        elif not (self.line.root / "_dfaiss" / previous / "manifest.json").exists():
+        if text is None:
+            expected = (IndexNotFound,)
+        elif previous is None:
+            expected = (NoPreviousGeneration,)
+        elif not _stored(self.line.root / "_dfaiss", previous):
+            assert self.line.cloned or self.line.root in self._thinned, "gc was to keep the previous generation"
             expected = (MissingFile,)
         outcome = self._ours(lambda: lance_dfaiss.rollback(self.line.handle, name), expected)
         if outcome == "done":
-            now = json.loads(self.line.handle.metadata[_KEY + name])
-            assert now["generation"] == previous
+            assert json.loads(self.line.handle.metadata[_KEY + name])["generation"] == previous
         return outcome
 
     def adopt(self, name: str) -> str:
         """Copy an index's files from where a clone came from."""
         pointer_text = self.line.handle.metadata.get(_KEY + name)
+        source = ""
         expected: tuple[type[DfaissError], ...] = ()
         if pointer_text is None:
             expected = (IndexNotFound,)
         else:
-            source = Path(json.loads(pointer_text)["root"]) / "_dfaiss"
-            if not _complete(source, json.loads(pointer_text)):
-                expected = (MissingFile, InvalidArgument)
-        outcome = self._ours(lambda: lance_dfaiss.adopt_index(self.line.handle, name), expected)
+            source = json.loads(pointer_text)["root"]
+            if not _complete(Path(source) / "_dfaiss", json.loads(pointer_text)):
+                expected = (MissingFile,)
+        outcome = self._ours(
+            lambda: lance_dfaiss.adopt_index(self.line.handle, name, allowed_index_uris=[source]), expected
+        )
         if outcome == "done":
             assert self._refusal(self.line, self.line.handle, name) is not MissingFile
         return outcome
@@ -506,6 +512,8 @@ class World:
             ),
             (),
         )
+        if not keep:
+            self._thinned.add(line.root)
         for text in before:
             assert _complete(line.root / "_dfaiss", json.loads(text)), "gc removed what a pointer leads to"
         report = reports[0]
@@ -755,6 +763,14 @@ def _complete(store: Path, pointer: Any) -> bool:
     if not manifest.exists():
         return False
     return all((store / name).exists() for name in _file_names(json.loads(manifest.read_text())))
+
+
+def _stored(store: Path, generation: str) -> bool:
+    """Tell whether a generation is there with all its files."""
+    return any(
+        _complete(store, {"manifest": {"name": f"{generation}/{path.name}"}})
+        for path in (store / generation).glob("manifest*.json")
+    )
 
 
 def _file_names(document: Any) -> list[str]:

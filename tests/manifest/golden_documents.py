@@ -9,6 +9,7 @@ from typing import Any
 
 from lance_dfaiss.manifest import (
     Document,
+    decode_lease,
     decode_manifest,
     decode_model_record,
     decode_plan,
@@ -19,6 +20,7 @@ from lance_dfaiss.manifest import (
 GOLDEN = Path(__file__).parent / "golden"
 
 DECODERS: dict[str, Callable[..., Document]] = {
+    "lease": decode_lease,
     "manifest": decode_manifest,
     "model": decode_model_record,
     "plan": decode_plan,

@@ -18,6 +18,7 @@ from lance_dfaiss.manifest import (
     Fingerprint,
     FragmentCover,
     FragmentSignature,
+    LeaseDocument,
     Manifest,
     ModelEntry,
     ModelRecord,
@@ -274,7 +275,22 @@ pointers = st.builds(
     previous=st.none() | attempts.map(lambda attempt: attempt[:30]),
 )
 
+
+@st.composite
+def leases(draw: st.DrawFn) -> LeaseDocument:
+    begins, ends = sorted(draw(st.lists(st.datetimes(), min_size=2, max_size=2)))
+    return LeaseDocument(
+        generation=draw(unique_ids),
+        holder=draw(attempts),
+        number=draw(positives),
+        root=draw(uris),
+        created_at=f"{begins.isoformat()}+00:00",
+        expires_at=f"{ends.isoformat()}Z",
+    )
+
+
 DOCUMENTS: dict[str, Callable[[], st.SearchStrategy[Document]]] = {
+    "lease": leases,
     "manifest": manifests,
     "model": lambda: model_records,
     "plan": plans,

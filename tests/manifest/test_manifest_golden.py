@@ -5,15 +5,34 @@ from __future__ import annotations
 import base64
 import re
 import zlib
+from datetime import datetime, timedelta, timezone
 
 import numpy as np
 import pytest
 
-from lance_dfaiss.manifest import BuildPlan, Manifest, ModelRecord, Pointer, Remap, RunTable, ShardRecord, encode
+from lance_dfaiss.manifest import (
+    BuildPlan,
+    LeaseDocument,
+    Manifest,
+    ModelRecord,
+    Pointer,
+    Remap,
+    RunTable,
+    ShardRecord,
+    encode,
+)
+from lance_dfaiss.manifest.lease import as_time
 from lance_dfaiss.spec import SearchOptions
 from tests.manifest.golden_documents import DECODERS, GOLDEN, KINDS, golden_bytes
 
-_MODELS = {"manifest": Manifest, "model": ModelRecord, "plan": BuildPlan, "pointer": Pointer, "shard": ShardRecord}
+_MODELS = {
+    "lease": LeaseDocument,
+    "manifest": Manifest,
+    "model": ModelRecord,
+    "plan": BuildPlan,
+    "pointer": Pointer,
+    "shard": ShardRecord,
+}
 
 
 def _inflated(document: bytes) -> bytes:
@@ -62,3 +81,23 @@ def test_the_golden_plan_and_manifest_say_what_was_put_into_them() -> None:
     assert document.statistics.seconds == (("train", 12.5), ("encode", 30.0))
     assert document.recall is not None
     assert document.recall.defaults == SearchOptions(nprobe=16, k_factor=4)
+
+
+def test_the_golden_lease_says_what_was_put_into_it() -> None:
+    lease = DECODERS["lease"](golden_bytes("lease"), location="golden")
+    assert isinstance(lease, LeaseDocument)
+    assert (lease.number, lease.holder, lease.given_back) == (3, "0a1b2c3d4e5f", False)
+    assert lease.begins == datetime(2026, 11, 21, 12, 0, 0, 250000, timezone.utc)
+    assert lease.ends - lease.begins == timedelta(minutes=10)
+
+
+@pytest.mark.parametrize(
+    ("text", "microsecond"),
+    [
+        ("2030-01-02T03:04:05Z", 0),
+        ("2030-01-02T03:04:05.5+00:00", 500000),
+        ("2030-01-02T05:04:05.123456789+02:00", 123456),
+    ],
+)
+def test_times_are_read_in_every_form_that_is_allowed(text: str, microsecond: int) -> None:
+    assert as_time(text) == datetime(2030, 1, 2, 3, 4, 5, microsecond, timezone.utc)

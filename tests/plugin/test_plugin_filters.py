@@ -170,8 +170,15 @@ def test_filters_over_columns_that_came_after_the_index(tmp_path: Path) -> None:
         assert is_ours(ours, **options)
 
 
-@pytest.mark.parametrize("metric", ["cosine", "dot"])
-@pytest.mark.parametrize("kind", ["FLAT", "IVF_FLAT", "HNSW_FLAT"])
+def test_a_scanner_stays_with_its_version_when_lance_answers(tmp_path: Path) -> None:
+    ours = lance_dfaiss.dataset(written(tmp_path / "d.lance")).create_index("vec", "FLAT")
+    scanner = ours.scanner(nearest={"column": "vec", "q": QUERY}, filter="late > 3", prefilter=True)
+    ours.add_columns({"late": "id * 2"})
+    with pytest.raises(ValueError, match="No field named late"):
+        scanner.to_table()
+
+
+@pytest.mark.parametrize(("kind", "metric"), [("FLAT", "dot"), ("IVF_FLAT", "cosine"), ("HNSW_FLAT", "dot")])
 def test_filters_before_the_search_over_every_kind_of_index(tmp_path: Path, kind: str, metric: str) -> None:
     plain = written(tmp_path / "d.lance")
     options = {"num_partitions": 8} if kind == "IVF_FLAT" else {}

@@ -13,7 +13,7 @@ import pytest
 from lance.dataset import DatasetOptimizer
 
 import lance_dfaiss
-from lance_dfaiss.build.update import sync_index
+from lance_dfaiss import sync_index
 from lance_dfaiss.plugin import DfaissDataset, DfaissScanner
 from tests.plugin.twins import QUERY, VECTORS, ask, rows, same
 
