@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 # Extra arguments for pytest, the demo or the benchmarks: make test ARGS="-k layers"
 ARGS ?=
+# How long a dataset lives in the nightly run, and the number that decides its fate (a new one each time).
+STEPS ?= 20000
+SEED ?=
 
 # Material for MkDocs prints a banner about a future major release on every run.
 export NO_MKDOCS_2_WARNING := 1
@@ -49,6 +52,7 @@ format: $(VENV)/.stamp-dev  ## Rewrite the sources as `check` wants them
 
 nightly: $(VENV)/.stamp-dev  ## Run the long tests, and property tests with many more cases
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest -m nightly --timeout 1800 $(ARGS)
+	$(BIN)/python -W ignore -m tests.living.drive --steps $(STEPS) $(if $(SEED),--seed $(SEED))
 
 bench: $(VENV)/.stamp-bench  ## Run the benchmarks; results go to .bench/
 	$(BIN)/python -m benchmarks $(ARGS)

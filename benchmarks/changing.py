@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -32,10 +33,10 @@ def run_refresh(settings: Settings) -> Outcome:
     many, added = min(10_000, rows // 10), min(1_000, rows // 10)
     borders = (0, 1, 101, 101 + many)
     changes: dict[str, Callable[[Any], object]] = {
-        f"{last - first:,} deletes": partial(_delete, first, last)
-        for first, last in zip(borders[:-1], borders[1:], strict=True)
+        f"{last - first:,} deleted row{'s' if last - first > 1 else ''}": partial(_delete, first, last)
+        for first, last in itertools.pairwise(borders)
     }
-    changes[f"an append of {added:,} rows"] = lambda dataset: append(corpus, added, seed=1)
+    changes[f"an append of {added:,} rows"] = lambda _: append(corpus, added, seed=1)
     changes[f"a compaction of {rows:,} rows"] = lambda dataset: dataset.optimize.compact_files(
         target_rows_per_fragment=2 * rows
     )
@@ -159,8 +160,8 @@ def _refreshed(settings: Settings, corpus: Corpus, what: str, before: int) -> Ro
     works = {"ours": refresh, "peer": reopen}
     interleaved_prepared(works, 1)
     turns = interleaved_prepared(works, settings.repeats)
-    answers = [found[side].knn(corpus.queries[:K], K)[1] for side in works]
-    if not np.array_equal(*answers):
+    ours_found, peer_found = (found[side].knn(corpus.queries[:K], K)[1] for side in works)
+    if not np.array_equal(ours_found, peer_found):
         raise AssertionError("a refreshed index and one opened anew found different rows")
     stats = found["ours"].stats()
     ours, peer = ([1000 * seconds for seconds in _walls(turns[side])] for side in works)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import faiss
 import numpy as np
@@ -17,16 +16,15 @@ import lance_dfaiss
 
 from .curves import widths
 from .data import COLUMN, RANK, Corpus, Float32Array, Int64Array, ranked, ranks, synthetic, words
-from .native import NATIVE_KINDS, NativeIndex, caller_pools
+from .native import NATIVE_KINDS, NativeIndex, NativeKind, caller_pools
 from .report import Outcome, Row, compared
 from .settings import K, Settings
 from .timing import interleaved, median, paired_ratio, rates
 
-__all__ = ["run"]
+__all__ = ["first_of", "run"]
 
 NAME = "ours"
 
-_SHARES = (0.001, 0.01, 0.1, 0.5)
 _TARGET = 0.95
 
 # Filters in rotation: as an application has that filters by tenant or by category.
@@ -59,7 +57,7 @@ class _Filters:
 
     def sql(self, number: int) -> str:
         """Return a filter; different ones for different numbers, as long as there are different ranges."""
-        first = _first(number, self.total, self.matches)
+        first = first_of(number, self.total, self.matches)
         return f"{RANK} >= {first} AND {RANK} < {first + self.matches}"
 
     def recall(self, search: Callable[[Float32Array, str], Int64Array]) -> float:
@@ -129,14 +127,14 @@ def _on(settings: Settings, corpus: Corpus) -> Outcome:
     outcome = Outcome()
     with contextlib.ExitStack() as stack:
         pools = {callers: stack.enter_context(pool) for callers, pool in caller_pools().items()}
-        natives = {}
-        for kind in NATIVE_KINDS:
+        natives: dict[NativeKind, NativeIndex] = {}
+        for kind in (kind for kind in NATIVE_KINDS if kind.index_type in settings.filter_peers):
             theirs = ranked(corpus, f"filtered-{kind.index_type}")
             theirs.reset()
             theirs.open().create_scalar_index(RANK, "BTREE")
             natives[kind] = NativeIndex(theirs, kind, partitions)
             stack.callback(theirs.reset)
-        for share in _SHARES:
+        for share in settings.filter_shares:
             filters = _filters(corpus, share, settings.single_queries)
             peers = _peers(filters, natives, partitions)
             outcome.take(_at(settings, mine, share, filters, indexes, peers, pools))
@@ -211,9 +209,9 @@ def _ask(
         search(query, filters.sql(next(numbers)))
 
 
-def _peers(filters: _Filters, natives: Mapping[Any, NativeIndex], partitions: int) -> list[_Peer]:
+def _peers(filters: _Filters, natives: Mapping[NativeKind, NativeIndex], partitions: int) -> list[_Peer]:
     """Return Lance's indexes at the least width that reaches the recall, and exact search over what matches."""
-    found = []
+    found: list[tuple[NativeIndex, str, int | None, int | None, float]] = []
     for kind, native in natives.items():
         for refine_factor in kind.refine_factors:
             # The filter may need wider searches than a sweep without one goes to.
@@ -273,13 +271,13 @@ def _filters(corpus: Corpus, share: float, count: int) -> _Filters:
     numbers = ranks(corpus)
     neighbors = np.empty((count, min(K, matches)), dtype=np.int64)
     for number in range(min(_FILTERS, count)):
-        first = _first(number, total, matches)
+        first = first_of(number, total, matches)
         rows = np.flatnonzero((numbers >= first) & (numbers < first + matches))
         _, nearest = faiss.knn(queries[number::_FILTERS], corpus.vectors[rows], neighbors.shape[1])
         neighbors[number::_FILTERS] = rows[nearest]
     return _Filters(total=total, matches=matches, queries=queries, neighbors=neighbors)
 
 
-def _first(number: int, total: int, matches: int) -> int:
+def first_of(number: int, total: int, matches: int) -> int:
     """Return where the range of a filter begins: neighbouring numbers far apart, none twice before all were used."""
     return number * 7_919 % (total - matches + 1)

@@ -70,6 +70,16 @@ class Settings:
         return 8 if self.quick else 64
 
     @property
+    def filter_shares(self) -> tuple[float, ...]:
+        """Shares of the rows that filters match."""
+        return (0.01, 0.5) if self.quick else (0.001, 0.01, 0.1, 0.5)
+
+    @property
+    def filter_peers(self) -> tuple[str, ...]:
+        """Types of Lance's index that are tried with filters."""
+        return ("IVF_SQ",) if self.quick else ("IVF_PQ", "IVF_SQ", "IVF_RQ")
+
+    @property
     def tail_rows(self) -> tuple[int, ...]:
         """Rows outside an index that is searched."""
         return (200,) if self.quick else (10_000, 50_000, 100_000)

@@ -56,6 +56,11 @@ __all__ = [
 _MIN_BATCH_ROWS, _MAX_BATCH_ROWS = 1_024, 4_096
 _BATCH_BYTES = 4 * 1024 * 1024
 
+# What a filter reads is narrow, and a batch costs as much as some thousand rows: 2.4 ms a million rows instead of 4.5
+# with Lance's 8,192 rows and 16 batches ahead, which hold as many rows at a time.
+_FILTER_BATCH_ROWS = 32_768
+_FILTER_READAHEAD = 4
+
 # Bytes the scanner may read ahead; its own default grows without bound behind a slow consumer.
 _IO_BUFFER_BYTES = 16 * 1024 * 1024
 
@@ -79,8 +84,8 @@ _ADDRESS_COLUMN = "_rowaddr"
 _UPDATED_COLUMN = "_row_last_updated_at_version"
 _OFFSET_MASK = np.uint64(0xFFFFFFFF)
 
-# Lance ends its messages with the place in its own source.
-_LANCE_SOURCE = re.compile(r", /\S+\.rs:\d+:\d+$")
+# Lance ends its messages with the places in its own source.
+_LANCE_SOURCE = re.compile(r"(?:, /\S+\.rs:\d+:\d+)+$")
 
 # Rows of a file of columns held in RAM: with whole files, a row's number follows from its address.
 _HELD_ROWS = 1 << 24
@@ -807,7 +812,9 @@ class ColumnsInMemory:
         self._state = _state_of(pinned)
         self._held: LanceDataset | None = None
         self._addresses: UInt64Array = np.zeros(0, dtype=np.uint64)
-        columns = [name for name in wanted if name in pinned.lance.schema.names]
+        # Lance looks a name up without regard to case where none is spelled that way: hold all it could mean.
+        spelled = {name.lower() for name in wanted}
+        columns = [name for name in pinned.lance.schema.names if name.lower() in spelled]
         if not columns:
             return
         with _lance_errors(pinned.uri):
@@ -855,7 +862,9 @@ class ColumnsInMemory:
 def _state_of(pinned: PinnedDataset) -> tuple[dict[tuple[str, ...], int], list[dict[str, Any]]]:
     """Return the fields and the fragments without their deletions: equal ones hold equal values under equal names."""
     fields: dict[tuple[str, ...], int] = {}
-    waiting: list[tuple[tuple[str, ...], Any]] = [((field.name(),), field) for field in pinned.lance.lance_schema.fields()]
+    waiting: list[tuple[tuple[str, ...], Any]] = [
+        ((field.name(),), field) for field in pinned.lance.lance_schema.fields()
+    ]
     while waiting:
         path, field = waiting.pop()
         fields[path] = int(field.id())
@@ -869,7 +878,13 @@ def _state_of(pinned: PinnedDataset) -> tuple[dict[tuple[str, ...], int], list[d
 def _matching(dataset: LanceDataset, filter_sql: str, fragments: list[Any] | None, uri: str) -> UInt64Array:
     try:
         table = dataset.scanner(
-            columns=[], with_row_address=True, filter=filter_sql, fragments=fragments, scan_in_order=True
+            columns=[],
+            with_row_address=True,
+            filter=filter_sql,
+            fragments=fragments,
+            scan_in_order=True,
+            batch_size=_FILTER_BATCH_ROWS,
+            batch_readahead=_FILTER_READAHEAD,
         ).to_table()
     except ValueError as exc:
         said = _LANCE_SOURCE.sub("", str(exc).strip())

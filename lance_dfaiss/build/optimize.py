@@ -218,7 +218,7 @@ def _rewrite(
     if not choice.tasks:
         return []
     spec = current.manifest.spec
-    sources = layout.sources(choice.rewritten)
+    sources = layout.sources(choice)
     if not engine.validate_factory(spec.factory, spec.dim, spec.metric).mergeable:
         offsets = _offsets(Places.join(source.places for source in sources))
         return encode_fragments(current, generation, choice.tasks, options, offsets)
@@ -245,17 +245,14 @@ class _Layout:
         self._records = current.resolution.records
         self._covers = current.resolution.covers
         self._states = current.pinned.fragments(current.resolution.column)
+        self._present = {state.fragment_id: state for state in self._states}
         self._ends = np.cumsum([cover.physical_rows for cover in self._covers]).tolist()
         positions, addresses, lengths = current.resolution.snapshot.places.runs
         self._places = Places(positions, *split_addresses(addresses), lengths)
         self._alive = {
-            fragment_id: _flags(offsets, self._sizes[fragment_id])
+            fragment_id: _flags(offsets, self._present[fragment_id].physical_rows)
             for (fragment_id, _), offsets in current.resolution.live_offsets.items()
         }
-
-    @property
-    def _sizes(self) -> dict[int, int]:
-        return {state.fragment_id: state.physical_rows for state in self._states}
 
     def choose(self, options: BuildOptions, max_dead_share: float) -> Regrouping:
         """Decide what to do."""
@@ -271,25 +268,26 @@ class _Layout:
 
         return regroup(
             self._shards(),
-            self._sizes,
+            {state.fragment_id: state.physical_rows for state in self._states},
             max_dead_share=max_dead_share,
             is_small=lambda positions: encode_peak_bytes(cost, _SMALL * positions) <= budget,
             divide=divide,
         )
 
-    def sources(self, chosen: Collection[int]) -> list[Source]:
-        """Return the chosen shards with their live rows, but those that another shard covers as well."""
+    def sources(self, choice: Regrouping) -> list[Source]:
+        """Return the shards to rewrite with their live rows, but those that a shard which stays covers as well."""
         alive = dict(self._alive)
+        fragments = {i for task in choice.tasks for i in task.fragment_ids}
         for number, cover in enumerate(self._covers):
-            if number not in chosen:
-                self._take_away(alive, cover)
+            if number not in choice.rewritten:
+                self._take_away(alive, cover, fragments)
         marks = np.zeros(self._ends[-1], dtype=bool)
         self._places.mark(marks, alive)
         places = self._places.where(marks)
         return [
             Source(record=self._records[i], first_position=first, places=places_within(places, first, end))
             for i, (first, end) in enumerate(self._spans())
-            if i in chosen
+            if i in choice.rewritten
         ]
 
     def _shards(self) -> list[ShardState]:
@@ -312,13 +310,14 @@ class _Layout:
     def _spans(self) -> list[tuple[int, int]]:
         return list(zip([0, *self._ends[:-1]], self._ends, strict=True))
 
-    def _take_away(self, alive: dict[int, NDArray[np.bool_]], cover: Cover) -> None:
-        """Unmark the rows that a shard covers in the fragments that it was encoded from."""
-        present = {state.fragment_id: state for state in self._states}
+    def _take_away(self, alive: dict[int, NDArray[np.bool_]], cover: Cover, fragments: Collection[int]) -> None:
+        """Unmark the rows that a shard covers in fragments that it was encoded from."""
         deleted = cover.deleted.rows.astype(np.int64)
         for fragment in cover.fragments:
-            state = present.get(fragment.fragment_id)
-            if state is None or state.signature != fragment.signature:
+            if (
+                fragment.fragment_id not in fragments
+                or self._present[fragment.fragment_id].signature != fragment.signature
+            ):
                 continue
             claimed = np.ones(fragment.physical_rows, dtype=bool)
             first, end = fragment.first_position, fragment.first_position + fragment.physical_rows

@@ -172,6 +172,7 @@ def update_index(
         offsets = {t.fragment_id: t.offsets for t in resolution.snapshot.tail if t.offsets is not None}
         tasks = _tasks(current, options) if resolution.snapshot.tail else ()
         added = encode_fragments(current, generation, tasks, options, offsets)
+        lease.check()
         manifest = current.derive(generation, [*kept, *added], time.perf_counter() - started)
         current.commit(manifest, [*kept, *added], lease)
     move_to_latest(current.handle)

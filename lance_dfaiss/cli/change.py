@@ -31,8 +31,8 @@ def rollback(
         "previous": found.pointer.previous,
     }
     said = Line(
-        f"{found.name!r} is back at generation {found.pointer.generation}, from {found.pointer.previous}:"
-        f" version {handle.version}"
+        f"{found.name!r} is rolled back from generation {found.pointer.previous}:"
+        f" now generation {found.pointer.generation} at version {handle.version}"
     )
     output(as_json=as_json).show(Report(document, [said]))
 

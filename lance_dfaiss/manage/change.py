@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from ..build.commit import publish_checked
-from ..errors import CorruptIndex, MissingFile, NoPreviousGeneration
+from ..build.current import CurrentIndex
+from ..build.update import new_generation
+from ..errors import CorruptIndex, DatasetChanged, MissingFile, NoPreviousGeneration
 from ..lance_io import LanceDataset, PinnedDataset, move_to_latest, open_dataset
 from ..manifest import Manifest, Pointer, Reference, decode_manifest
 from ..pointers import (
@@ -18,6 +21,8 @@ from ..pointers import (
     generation_store,
     publish,
 )
+from ..search.load import read_generation
+from ..search.resolve import resolve_generation
 from ..storage import MAX_DOCUMENT_BYTES, Store, check_present, digest_bytes, open_store, read_reach
 
 __all__ = ["drop_index", "rollback"]
@@ -78,6 +83,9 @@ def rollback(
     Works after Lance has removed the version that had it: its manifest is found among the index's own files.
     What it does not cover is searched as tail, as always. Rolling back twice returns to where one was.
 
+    Where compactions have moved its rows since, and the current generation knows where to, a new generation of its
+    shards is written that says so: it is the former one in all else.
+
     Parameters
     ----------
     dataset : str, path or lance.LanceDataset
@@ -115,6 +123,13 @@ def rollback(
             generation=found.pointer.generation,
         )
     where, store, reference, lengths = _find_generation(newest, found, wanted, index_uri, allowed_index_uris)
+    former = _moved_on(handle, newest, found, where, reference, index_uri, allowed_index_uris)
+    if former is not None:
+        with new_generation(former) as (generation, lease):
+            records = former.mapped_records(generation)
+            former.commit(former.derive(generation, records, 0.0), records, lease)
+        move_to_latest(handle)
+        return handle
     pointer = Pointer(
         generation=wanted,
         where=where,
@@ -125,6 +140,32 @@ def rollback(
     publish_checked(newest, found.name, pointer, store=store, lengths=lengths, previous=found, index_uri=index_uri)
     move_to_latest(handle)
     return handle
+
+
+def _moved_on(
+    handle: LanceDataset,
+    newest: PinnedDataset,
+    found: FoundPointer,
+    where: str,
+    reference: Reference,
+    index_uri: str | None,
+    allowed: Sequence[str],
+) -> CurrentIndex | None:
+    """Return the former generation with what the current one knows of compactions; None if that is nothing new."""
+    if where != found.pointer.where:
+        return None  # records of one place cannot name files of another
+    trusted = (*allowed, *(() if index_uri is None else (index_uri,)))
+    pointer = replace(found.pointer, generation=found.pointer.previous or "", manifest=reference, previous=None)
+    former = read_generation(newest, replace(found, pointer=pointer), trusted)
+    try:
+        now = resolve_generation(newest, read_generation(newest, found, trusted))
+        resolution = resolve_generation(newest, former, before=now)
+    except DatasetChanged:
+        return None  # without its column no row of either is anywhere
+    if not resolution.unsaved_rows:
+        return None
+    # It takes the place of the current pointer, not of the one it had then.
+    return CurrentIndex(handle=handle, pinned=newest, generation=replace(former, found=found), resolution=resolution)
 
 
 def _find_generation(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,6 +17,7 @@ __all__ = [
     "OWN_COLUMNS",
     "checked_columns",
     "checked_filter",
+    "checked_filter_columns",
     "checked_k",
     "checked_radius",
     "checked_row_ids",
@@ -26,6 +27,9 @@ __all__ = [
 
 MAX_RESULTS = 2**31
 """Results of one call over all its queries: 24 GiB of distances and row ids."""
+
+# Distances are float32: beyond this lies nothing, or everything.
+_LARGEST_DISTANCE = float(np.finfo(np.float32).max)
 
 OWN_COLUMNS = (ROW_ID_COLUMN, DISTANCE_COLUMN)
 """Columns that an answer has anyway."""
@@ -50,6 +54,19 @@ def checked_filter(given: Any) -> str | None:
     )
 
 
+def checked_filter_columns(given: Any) -> list[str]:
+    """Return the names of columns to keep in RAM."""
+    names = None if isinstance(given, (str, bytes)) or not isinstance(given, Iterable) else list(given)
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise InvalidArgument(
+            f"filter_columns must be a list of names, not {given!r}",
+            remedy=f"Pass a list: filter_columns=[{given!r}]" if isinstance(given, str) else "Pass a list of names",
+            parameter="filter_columns",
+            value=given,
+        )
+    return names
+
+
 def checked_radius(radius: Any, metric: Metric) -> float:
     """Return a radius in Lance's distances.
 
@@ -58,7 +75,7 @@ def checked_radius(radius: Any, metric: Metric) -> float:
     InvalidArgument
         If it is no number; or nothing can lie inside: under l2 and cosine a distance is never below 0.
     """
-    if isinstance(radius, bool) or not isinstance(radius, (Real, np.floating, np.integer)) or math.isnan(radius):
+    if isinstance(radius, bool) or not isinstance(radius, (Real, np.floating, np.integer)) or radius != radius:
         raise InvalidArgument(f"radius must be a number, not {radius!r}", parameter="radius", value=radius)
     if metric != "dot" and radius <= 0:
         raise InvalidArgument(
@@ -66,7 +83,11 @@ def checked_radius(radius: Any, metric: Metric) -> float:
             parameter="radius",
             value=radius,
         )
-    return float(radius)
+    try:
+        value = float(radius)
+    except OverflowError:  # a whole number or a fraction can be any size
+        value = math.inf if cast("Any", radius) > 0 else -math.inf
+    return value if abs(value) <= _LARGEST_DISTANCE else math.copysign(math.inf, value)
 
 
 def too_many_results(n_queries: int, k: int) -> InvalidArgument:

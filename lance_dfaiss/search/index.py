@@ -34,6 +34,7 @@ from .arguments import (
     OWN_COLUMNS,
     checked_columns,
     checked_filter,
+    checked_filter_columns,
     checked_k,
     checked_radius,
     checked_row_ids,
@@ -165,6 +166,7 @@ def open_index(
     UntrustedLocation
         If the pointer leads to a place that was not allowed.
     """
+    held = checked_filter_columns(filter_columns)
     limits = TailLimits(
         rows=_limit("max_tail_rows", max_tail_rows), length_bytes=_limit("max_tail_bytes", max_tail_bytes)
     )
@@ -172,7 +174,7 @@ def open_index(
     found = find_pointer(pinned, name, index_uri)
     allowed = tuple(allowed_index_uris) + (() if index_uri is None else (index_uri,))
     generation = read_generation(pinned, found, allowed)
-    columns = ColumnsInMemory(pinned, filter_columns) if filter_columns else None
+    columns = ColumnsInMemory(pinned, held) if held else None
     view = open_view(pinned, generation, limits, columns=columns, progress=progress)
     _log.info("index %r: generation %s open at version %d", found.name, generation.manifest.generation, pinned.version)
     return Index(view, limits, index_uri=index_uri, allowed=allowed, columns=columns)
@@ -217,6 +219,13 @@ def open_view(
     )
     loaded = load_segments(generation, meter, held)
     meter.finish()
+    if resolution.unsaved_rows and (before is None or not before.resolution.unsaved_rows):
+        _log.warning(
+            "index %r: where compactions moved %d of its rows is not written down; run sync_index before old versions"
+            " of the dataset are cleaned up",
+            generation.manifest.name,
+            resolution.unsaved_rows,
+        )
     source = None if columns is None else columns.matching
     return View(pinned, generation, resolution, loaded, limits, columns=source, before=before)
 
@@ -628,7 +637,16 @@ def _with_vectors(
     view: View, columns: list[str] | dict[str, str] | None, with_vectors: bool
 ) -> list[str] | dict[str, str] | None:
     name = view.resolution.column.name
-    if not with_vectors or columns is None or name in columns:
+    if not with_vectors or columns is None:
+        return columns
+    if isinstance(columns, dict) and columns.get(name, name) not in (name, f"`{name}`"):
+        raise InvalidArgument(
+            f"columns makes a column {name!r}, and with_vectors=True fetches one of that name",
+            remedy="Give it another name",
+            parameter="columns",
+            value=columns,
+        )
+    if name in columns:
         return columns
     return {**columns, name: name} if isinstance(columns, dict) else [*columns, name]
 

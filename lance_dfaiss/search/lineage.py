@@ -93,7 +93,7 @@ def find_rewrites(
         version = _vanished(fragment_id, history, low, until)
         groups = None if version is None else history.rewritten(version)
         handled = {fragment_id}
-        if groups is None:
+        if groups is None or _went_unseen(fragment_id, groups, history, version or 0):
             unknown.add(fragment_id)
         for group in groups or ():
             ours = {s.fragment_id for s in group.old if waiting.get(s.fragment_id, (0, None))[1] == s.signature}
@@ -106,8 +106,8 @@ def find_rewrites(
                 continue
             found.append(rewrite)
             for state in rewrite.new:
-                now = present.get(state.fragment_id)
-                if now is None or now.signature != state.signature:
+                # One that is there with another signature was written anew in place: its rows went nowhere.
+                if state.fragment_id not in present:
                     waiting[state.fragment_id] = (version or 0, state.signature)
         for done in handled:
             waiting.pop(done, None)
@@ -128,6 +128,12 @@ def _vanished(fragment_id: int, history: History, low: int, high: int) -> int | 
         else:
             high = middle
     return high
+
+
+def _went_unseen(fragment_id: int, groups: Sequence[RewriteGroup], history: History, version: int) -> bool:
+    """Tell whether a fragment may have gone in an earlier version than the one found, which was removed."""
+    taken = {state.fragment_id for group in groups for state in group.old}
+    return fragment_id not in taken and history.fragment_ids(version - 1) is None
 
 
 def _proven(group: RewriteGroup, history: History, version: int) -> Rewrite | None:

@@ -198,8 +198,9 @@ class Places:
         Parameters
         ----------
         borders : numpy.ndarray
-            int64, increasing: first positions of the parts.
+            int64: first positions of the parts.
         """
+        borders = np.unique(borders)  # an empty part begins where the next one does
         first = np.searchsorted(borders, self.positions, side="right")
         inside = np.searchsorted(borders, self.positions + self.lengths, side="left") - first
         if not (inside > 0).any():

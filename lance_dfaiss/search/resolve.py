@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import DatasetChanged, InsufficientData, UnknownColumn, UnsupportedColumn
 from ..lance_io import PinnedDataset, VectorColumn
-from ..manifest import Cover, Manifest, Remap, ShardRecord
+from ..manifest import Cover, Manifest, ShardRecord
 from ..plan import FragmentState
 from ..types import Int64Array
 from .lineage import apply_rewrites, find_rewrites
@@ -91,7 +91,7 @@ def resolve_generation(
     covers, since = _known(records, manifest, before, pinned.version)
     located = locate(covers, states)
     followed, unknown = _follow(pinned, column, located, states, since)
-    if len(unknown) and _may_trust_row_ids(pinned, generation):
+    if len(unknown) and _may_trust_row_ids(pinned, column, generation):
         followed = Places.join([followed, _by_row_id(pinned, covers, located, followed, unknown, states)])
     # Rows of two shards may have become neighbours, and one run: each cover has its own.
     followed = followed.cut(np.cumsum([cover.physical_rows for cover in covers]))
@@ -137,16 +137,20 @@ def _known(
     """Return the covers with all that is known of compactions, and the version at which they were true."""
     if before is None or before.snapshot.version > version:
         return tuple(record.cover for record in records), manifest.dataset.version
-    learned: dict[str, tuple[Cover, Remap | None]] = {
-        record.index.name: (record.cover, cover.remap)
-        for record, cover in zip(before.records, before.covers, strict=True)
-    }
-    covers = []
-    for record in records:
-        cover, remap = learned.get(record.index.name, (None, None))
-        covers.append(replace(record.cover, remap=remap) if cover == record.cover else record.cover)
+    learned = {record.index.name: cover for record, cover in zip(before.records, before.covers, strict=True)}
+    covers = tuple(_newer(record.cover, learned.get(record.index.name)) for record in records)
+    # A generation's own covers were true at its version, those that were learned at the version before this one.
     everything = all(record.index.name in learned for record in records)
-    return tuple(covers), before.snapshot.version if everything else manifest.dataset.version
+    since = manifest.dataset.version
+    return covers, max(since, before.snapshot.version) if everything else since
+
+
+def _newer(stored: Cover, learned: Cover | None) -> Cover:
+    """Return a cover with the later one of two remaps."""
+    if learned is None or replace(learned, remap=None) != replace(stored, remap=None) or learned.remap is None:
+        return stored
+    older = stored.remap is not None and stored.remap.version >= learned.remap.version
+    return stored if older else replace(stored, remap=learned.remap)
 
 
 def _follow(
@@ -168,10 +172,18 @@ def _follow(
     return moved.in_fragments(arrived), moved.in_fragments(unknown)
 
 
-def _may_trust_row_ids(pinned: PinnedDataset, generation: Generation) -> bool:
-    """Tell whether row ids mean the same as when the index was built: not in a copy of the dataset."""
+def _may_trust_row_ids(pinned: PinnedDataset, column: VectorColumn, generation: Generation) -> bool:
+    """Tell whether row ids mean the same as when the index was built: not in a copy of the dataset.
+
+    A column that was cast, or dropped and written anew, has another field: its values changed, its rows did not.
+    """
     found = generation.found
-    return pinned.stable_row_ids and found.origin == "metadata" and found.pointer.root == pinned.root
+    return (
+        pinned.stable_row_ids
+        and column.field_id == generation.manifest.dataset.field_id
+        and found.origin == "metadata"
+        and found.pointer.root == pinned.root
+    )
 
 
 def _by_row_id(

@@ -6,17 +6,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.curves import rate_at, widths
+from benchmarks.filtered import first_of
 from benchmarks.report import BEGIN, END, compared, markdown_table, write_page
-from benchmarks.timing import interleaved, paired_ratio
+from benchmarks.timing import interleaved, interleaved_prepared, paired_ratio
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["build", "search", "shards", "open", "memory"]
+NAMES = ["build", "search", "shards", "open", "memory", "filter", "refresh", "update", "tail"]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,46 @@ def test_memory_is_that_of_the_child(runs: Any) -> None:
         assert 20e6 < row["data"]["imported_bytes"] < row["data"]["peak_bytes"]
 
 
+def test_filters_are_held_to_recall_and_their_best_peer_is_named(runs: Any) -> None:
+    rows = runs["filter"]["rows"]
+    modes = ("20 filters", "every filter new", "every filter new, filter_columns")
+    # Two sets, two shares, one at a time and in a batch.
+    assert [sum(f" match, {mode}, one" in row["what"] for row in rows) for mode in modes] == [8, 8, 8]
+    for row in rows:
+        assert row["data"]["recall"] >= 0.95
+        assert "Lance" in row["peer"]
+
+
+def test_a_refreshed_index_is_at_the_change_and_reads_less_than_one_opened_anew(runs: Any) -> None:
+    found = {row["what"].partition("after ")[2]: row["data"] for row in runs["refresh"]["rows"]}
+    assert [(name, data["masked_rows"], data["mapped_rows"], data["tail_rows"]) for name, data in found.items()] == [
+        ("1 deleted row", 1, 0, 0),
+        ("100 deleted rows", 101, 0, 0),
+        ("600 deleted rows", 701, 0, 0),
+        ("an append of 600 rows", 701, 0, 600),
+        ("a compaction of 6,000 rows", 701, 5_299, 600),
+    ]
+    for data in found.values():
+        assert 0 < data["our_bytes_read"] < data["peer_bytes_read"]
+
+
+def test_an_update_writes_less_than_a_whole_build(runs: Any) -> None:
+    written = [row["data"] for row in runs["update"]["rows"] if row["what"].endswith("written")]
+    assert 0 < written[0]["ours"] < written[0]["peer"]
+    assert len(runs["update"]["rows"]) == 4
+
+
+def test_the_tail_is_searched_and_read_once(runs: Any) -> None:
+    names = [row["what"].partition(": ")[2] for row in runs["tail"]["rows"]]
+    assert names == [
+        "0 tail rows, a query, one batch",
+        "0 tail rows, a query, one at a time",
+        "200 tail rows, a query, one batch",
+        "200 tail rows, a query, one at a time",
+        "200 tail rows, the first query, which reads them",
+    ]
+
+
 def test_results_reach_the_page(runs: Any, tmp_path: Path) -> None:
     page = tmp_path / "benchmarks.md"
     page.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n", encoding="utf-8")
@@ -122,6 +164,24 @@ def test_turns_alternate_and_ratios_are_paired() -> None:
     assert {name: len(found) for name, found in turns.items()} == {"a": 3, "b": 3}
     # A slow spell that hits both sides of one pair changes no ratio.
     assert paired_ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == 2.0
+
+
+def test_what_a_turn_needs_is_made_before_its_clock_starts() -> None:
+    order: list[str] = []
+
+    def prepared() -> Callable[[], object]:
+        order.append("made")
+        return lambda: order.append("worked")
+
+    assert len(interleaved_prepared({"a": prepared}, 2)["a"]) == 2
+    assert order == ["made", "worked", "made", "worked"]
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5])
+def test_filters_match_their_share_of_the_rows(share: float) -> None:
+    matches = round(4_000 * share)
+    firsts = [first_of(number, 4_000, matches) for number in range(4_000 - matches + 1)]
+    assert sorted(firsts) == list(range(4_000 - matches + 1))
 
 
 def test_a_curve_is_read_between_its_points() -> None:

@@ -17,6 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,24 @@ def build(
     return steps.passed
 
 
+def keep_up(dataset: str, action: str, *, stop: str | None = None, meeting: str | None = None, **options: Any) -> Any:
+    """Call `update_index`, `sync_index` or `optimize_index`; return its report and the steps that were passed."""
+    steps = Steps(stop)
+    _watch_files(steps)
+    if meeting is not None:
+        commit = PinnedDataset.commit_pointer
+
+        def meet(self: PinnedDataset, *args: Any, **kwargs: Any) -> None:
+            _arrive(meeting)
+            commit(self, *args, **kwargs)
+
+        PinnedDataset.commit_pointer = meet  # type: ignore[method-assign]
+    if action != "sync_index":
+        options["progress"] = SteppingProgress(steps, lambda _: None)
+    report = getattr(lance_dfaiss, action)(dataset, **options)
+    return {"report": asdict(report), "steps": steps.passed}
+
+
 def drop(dataset: str, name: str, *, meeting: str | None = None, **options: Any) -> None:
     """Drop an index, after having met the others."""
     if meeting is not None:
@@ -207,6 +226,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "build": build,
     "collect": collect,
     "drop": drop,
+    "keep up": keep_up,
     "list": list_names,
     "ask": ask,
     "ask often": ask_often,

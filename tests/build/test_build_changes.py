@@ -72,7 +72,7 @@ def test_a_resumed_build_encodes_restored_rows(tmp_path: Path) -> None:
     assert index.knn(vectors, 1)[0].max() == 0
 
 
-def test_a_version_restored_after_the_build_is_refused_and_lance_answers(tmp_path: Path) -> None:
+def test_rows_that_a_restore_brought_back_are_searched_beside_the_index(tmp_path: Path) -> None:
     vectors = clustered(400, DIM, 1)
     dataset = make_dataset(tmp_path / "d", vectors, rows_per_fragment=100)
     first = dataset.version
@@ -84,9 +84,11 @@ def test_a_version_restored_after_the_build_is_refused_and_lance_answers(tmp_pat
     _restore(tmp_path / "d", first)
     restored = lance.dataset(str(tmp_path / "d"))
     restored.update_metadata(text)  # as a pointer that is not versioned with the data would be
-    with pytest.raises(DatasetChanged, match="deleted when the index was built are live") as caught:
-        lance_dfaiss.open_index(restored)
-    assert caught.value.fragments == (0,)
+    index = lance_dfaiss.open_index(restored)
+    assert (index.stats().live_rows, index.stats().tail_rows, len(index)) == (350, 50, 400)
+    distances, row_ids = index.knn(vectors, 1)
+    assert (distances.max(), row_ids[:, 0].tolist()) == (0, [((i // 100) << 32) + i % 100 for i in range(400)])
+    assert np.isposinf(index.knn(vectors[7], 400, fast_search=True)[0][0, 350:]).all()
     plugin = lance_dfaiss.dataset(str(tmp_path / "d"))
     found = plugin.to_table(columns=["id"], nearest={"column": "vec", "q": vectors[7], "k": 1})
     assert found["id"].to_pylist() == [7]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lance
 import numpy as np
@@ -87,7 +87,7 @@ def test_explain_tells_instead_of_rows(grown: str) -> None:
 def test_a_renamed_column_is_still_the_one_to_look_in(tmp_path: Path) -> None:
     path = write(tmp_path)
     invoke("build", path, "vector", "--index-type", "FLAT")
-    lance.dataset(path).alter_columns({"path": "vector", "name": "embedding"})
+    lance.dataset(path).alter_columns(cast("Any", {"path": "vector", "name": "embedding"}))
     found = document("search", path, "--like-row", "8", "-k", "1")["rows"]
     assert [set(row) for row in found] == [{"id", "word", "_distance", "_rowid"}]
     assert found[0]["id"] == 8

@@ -35,7 +35,7 @@ def test_describe_counts_exactly_what_changed(built: str) -> None:
     dataset = lance.dataset(built)
     dataset.delete("id < 4")
     append(built, 30)  # without row 5's vector: a null is tail until it is looked at
-    dataset.checkout_latest()
+    dataset.checkout_latest()  # type: ignore[no-untyped-call]
     dataset.optimize.compact_files()
     moved = ROWS - 1 - 4
     wanted = {"indexed": ROWS - 1, "masked": 4, "live": moved, "mapped": moved, "unsaved": moved, "tail": 30}
@@ -105,7 +105,7 @@ def test_rollback_goes_back_and_forth(built: str) -> None:
     }  # fmt: skip
     assert standing(built)["tail"] == 30
     out, _ = invoke("rollback", built, "vector_idx")
-    assert out.startswith(f"'vector_idx' is back at generation {second}, from {first}: version ")
+    assert out.startswith(f"'vector_idx' is rolled back from generation {first}: now generation {second} at version ")
     assert standing(built)["tail"] == 0
 
 

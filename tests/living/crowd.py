@@ -92,7 +92,7 @@ class Writer:
 class Appender(Writer):
     def turn(self, counts: Counter[str]) -> None:
         def append(dataset: lance.LanceDataset) -> None:
-            rows = int(min(self._rng.integers(1, 40), _MOST_ROWS - dataset.count_rows()))
+            rows = min(int(self._rng.integers(1, 40)), _MOST_ROWS - dataset.count_rows())
             if rows > 0:
                 self._next_id += rows
                 table = make_rows(first_schema(), self._next_id, range(self._next_id - rows, self._next_id))

@@ -1,14 +1,15 @@
 """Run the state machine for a number of steps; as a program: for very many, in several processes.
 
-``python -m tests.living.drive --steps 20000`` deals batches of steps to processes. Each batch has a seed made of the
-run's and its number, and leaves a report in the log folder; a run that is started again with the same seed goes on
-where it stopped. The summary says which rules ran and what there was to see.
+``python -m tests.living.drive --steps 20000`` deals batches of steps to processes. Each batch has a seed made of
+the run's and its number, and leaves a report in the log folder; a run that is started again with the same seed goes
+on where it stopped. The summary says which rules ran and what there was to see.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -30,49 +31,58 @@ _BATCH_STEPS = 2_500
 _ROOT = Path(__file__).parents[2]
 
 
-def run_steps(kind: str, *, steps: int, number: int, length: int = 50, shrink: bool = True) -> Counter[str]:
-    """Run lives of a dataset until about that many steps were made; return the statistics.
+def run_steps(
+    kind: str, *, steps: int, number: int, length: int = 50, shrink: bool = True, counts: Counter[str] | None = None
+) -> Counter[str]:
+    """Run lives of a dataset until that many steps were made; return the statistics.
 
     Parameters
     ----------
     kind : str
         Of `KINDS`.
     steps, length : int
-        In all, and in one life.
+        In all, and in one life at the most.
     number : int
         Seed.
     shrink : bool
         Look for the shortest life that fails, should one fail.
+    counts : Counter, optional
+        Takes the statistics.
     """
-    counts: Counter[str] = Counter()
-    machine = seed(number)(type(KINDS[kind].__name__, (KINDS[kind],), {"counts": counts}))
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=-(-steps // length),
-            stateful_step_count=length,
-            deadline=None,
-            database=None,
-            derandomize=False,
-            phases=(Phase.generate, *((Phase.shrink,) if shrink else ())),
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    counts = Counter() if counts is None else counts
+    machine = type(KINDS[kind].__name__, (KINDS[kind],), {"counts": counts})
+    again = 0
+    while counts["steps"] < steps:
+        # Some lives end early, so that a second, shorter run may be needed.
+        run_state_machine_as_test(
+            seed(number * 100 + again)(machine),
+            settings=settings(
+                max_examples=-(-(steps - counts["steps"]) // length),
+                stateful_step_count=length,
+                deadline=None,
+                database=None,
+                derandomize=False,
+                phases=(Phase.generate, *((Phase.shrink,) if shrink else ())),
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+        again += 1
     return counts
 
 
-def _work(folder: Path, seed_number: int, steps: int, shard: int, shards: int) -> int:
+def _work(folder: Path, seed_number: int, steps: int, shard: int, shards: int, *, length: int, shrink: bool) -> int:
     """Run the batches of one process that have no report of success yet."""
     failed = 0
-    for batch in range(shard, -(-steps // _BATCH_STEPS), shards):
+    batch_steps = min(_BATCH_STEPS, -(-steps // shards))
+    for batch in range(shard, -(-steps // batch_steps), shards):
         report = folder / f"batch-{batch:04d}.json"
         if report.exists() and json.loads(report.read_text())["error"] is None:
             continue
-        kind = list(KINDS)[batch // shards % len(KINDS)]
-        number = seed_number * 100_000 + batch
+        kind = list(KINDS)[batch % len(KINDS)]
+        number = seed_number * 1_000 + batch
         began, counts, error = time.monotonic(), Counter[str](), None
         try:
-            counts = run_steps(kind, steps=_BATCH_STEPS, number=number)
+            run_steps(kind, steps=batch_steps, number=number, length=length, shrink=shrink, counts=counts)
         except BaseException as exc:
             if isinstance(exc, KeyboardInterrupt):
                 raise
@@ -108,17 +118,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="a random one by default")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--log", type=Path, default=_ROOT / ".living")
+    parser.add_argument("--length", type=int, default=50, help="steps of one life at the most")
+    parser.add_argument("--no-shrink", action="store_true", help="do not look for the shortest failing life")
     parser.add_argument("--shard", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     number = time.time_ns() % 1_000_000 if options.seed is None else options.seed
     folder = options.log / f"seed-{number}"
     folder.mkdir(parents=True, exist_ok=True)
     if options.shard is not None:
-        return _work(folder, number, options.steps, options.shard, options.processes)
+        shards, shrink = options.processes, not options.no_shrink
+        return _work(folder, number, options.steps, options.shard, shards, length=options.length, shrink=shrink)
     print(f"seed {number}, {options.steps} steps, logs in {folder}", flush=True)
-    command = [sys.executable, "-m", "tests.living.drive", "--steps", str(options.steps), "--seed", str(number)]
-    command += ["--processes", str(options.processes), "--log", str(options.log)]
-    workers = [subprocess.Popen([*command, "--shard", str(i)], cwd=_ROOT) for i in range(options.processes)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.living.drive", "--seed", str(number)]
+    command += ["--steps", str(options.steps), "--length", str(options.length), "--log", str(options.log)]
+    command += ["--processes", str(options.processes), *(["--no-shrink"] if options.no_shrink else [])]
+    # So few rows are searched that threads would only wait for each other.
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "LANCE_LOG": "error"}
+    shards = [[*command, "--shard", str(i)] for i in range(options.processes)]
+    workers = [subprocess.Popen(shard, cwd=_ROOT, env=alone) for shard in shards]
     try:
         codes = [worker.wait() for worker in workers]
     finally:

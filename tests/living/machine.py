@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from lance_dfaiss.types import Metric
 from tests.living.world import INDEX_NAMES, World
 
 __all__ = ["AddressMachine", "LivingMachine", "StableMachine"]
@@ -41,7 +42,9 @@ class LivingMachine(RuleBasedStateMachine):
     def _step(self, name: str, /, *args: Any, **options: Any) -> None:
         self._heal()
         outcome = getattr(self.world, name)(*args, **options)
-        label = " ".join([name, *(arg for arg in args[:1] if name in ("upkeep", "columns")), *options.get("how", "").split()])
+        label = " ".join(
+            [name, *(arg for arg in args[:1] if name in ("upkeep", "columns")), *options.get("how", "").split()]
+        )
         self.counts["steps"] += 1
         self.counts[f"rule {label}: {outcome}"] += 1
         self.world.check()
@@ -53,10 +56,8 @@ class LivingMachine(RuleBasedStateMachine):
             self._ill = 0
             self.world.heal(self.counts["steps"])
 
-    @initialize(
-        seed=SEEDS, rows=ROWS, per_fragment=FRAGMENT_ROWS, metric=st.sampled_from(["l2", "cosine", "dot"])
-    )
-    def start(self, seed: int, rows: int, per_fragment: int, metric: str) -> None:
+    @initialize(seed=SEEDS, rows=ROWS, per_fragment=FRAGMENT_ROWS, metric=st.sampled_from(["l2", "cosine", "dot"]))
+    def start(self, seed: int, rows: int, per_fragment: int, metric: Metric) -> None:
         self.world.start(seed, rows, per_fragment)
         self.world.create(INDEX_NAMES[0], metric, "FLAT", 1)
         self.world.check()

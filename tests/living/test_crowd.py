@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import suppress
@@ -21,7 +22,13 @@ def _run(folder: Path, *, seconds: float, stable: bool) -> dict[str, dict[str, i
     reports = {role: folder / f"{role}.json" for role in ROLES}
     command = [sys.executable, "-W", "ignore", "-m", "tests.living.crowd"]
     running = [
-        subprocess.Popen([*command, role, uri, str(report)], cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        subprocess.Popen(
+            [*command, role, uri, str(report)],
+            cwd=_ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "LANCE_LOG": "error"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         for role, report in reports.items()
     ]
     try:

@@ -86,7 +86,9 @@ def test_field_ids_that_an_overwrite_dealt_anew_name_no_other_column(tmp_path: P
     dataset = make_dataset(tmp_path / "d", _vectors(20, 1))
     lance_dfaiss.create_index(dataset, "vec", "FLAT")
     # The field id that the vectors had is now that of ``other``, a vector column too.
-    table = pa.table({"id": pa.array(range(20)), "other": fixed_size(_vectors(20, 2)), "vec": fixed_size(_vectors(20, 3))})
+    table = pa.table(
+        {"id": pa.array(range(20)), "other": fixed_size(_vectors(20, 2)), "vec": fixed_size(_vectors(20, 3))}
+    )
     dataset = lance.write_dataset(table, dataset, mode="overwrite")
     _check(lance_dfaiss.open_index(dataset), dataset)
     numbers = pa.table({"id": pa.array(range(20)), "other": pa.array(range(20)), "vec": fixed_size(_vectors(20, 3))})

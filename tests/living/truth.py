@@ -118,9 +118,7 @@ def make_rows(schema: pa.Schema, seed: int, ids: Sequence[int]) -> pa.Table:
 def first_schema() -> pa.Schema:
     """Return the schema that a dataset begins with."""
     vector = pa.list_(pa.float32(), DIM)
-    return pa.schema(
-        [("id", pa.int64()), ("vec", vector), ("n", pa.int64()), ("word", pa.string()), ("meta", _META)]
-    )
+    return pa.schema([("id", pa.int64()), ("vec", vector), ("n", pa.int64()), ("word", pa.string()), ("meta", _META)])
 
 
 def vector_name(schema: pa.Schema) -> str | None:
@@ -162,7 +160,7 @@ class Truth:
         """Tell which rows can be found."""
         vectors = self.vectors[column]
         good = np.isfinite(vectors).all(axis=1)
-        return good & vectors.any(axis=1) if metric == "cosine" else good
+        return np.asarray(good & vectors.any(axis=1)) if metric == "cosine" else np.asarray(good)
 
     def mask(self, condition: Filter) -> NDArray[np.bool_]:
         """Tell which rows match."""
@@ -248,7 +246,7 @@ def _check_order(distances: NDArray[np.float32], row_ids: Sequence[int]) -> None
     steps = np.diff(distances)
     assert (steps >= 0).all(), "distances must ascend"
     ties = np.flatnonzero(steps == 0)
-    assert all(row_ids[at] < row_ids[at + 1] for at in ties), "ties must stand in order of row id"
+    assert all(row_ids[at] < row_ids[at + 1] for at in ties.tolist()), "ties must stand in order of row id"
 
 
 def _floats(column: pa.ChunkedArray) -> NDArray[np.float64]:

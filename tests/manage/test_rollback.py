@@ -15,6 +15,7 @@ from lance_dfaiss.lance_io import PinnedDataset
 from lance_dfaiss.pointers import find_pointer
 from tests.build import datasets
 from tests.build.datasets import answers, same
+from tests.support import Exact, assert_exact, gaussian, make_dataset
 
 
 @pytest.fixture
@@ -152,3 +153,23 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ReadOnlyStorage("not yours", location=self.uri)
 
     monkeypatch.setattr(PinnedDataset, "check_writable", refuse)
+
+
+@pytest.mark.parametrize("stable", [False, True])
+def test_what_is_known_of_compactions_is_kept(tmp_path: Path, stable: bool) -> None:
+    dataset = make_dataset(tmp_path / "dataset", gaussian(300, 8, 1), rows_per_fragment=100, stable=stable)
+    create_index(dataset, "vec", "FLAT")
+    dataset.delete("id % 7 = 0")
+    dataset.optimize.compact_files()
+    lance.write_dataset(dataset.to_table().slice(0, 20), dataset.uri, mode="append")
+    lance_dfaiss.update_index(dataset)
+    # Nothing but the current generation tells where the rows of the former one went.
+    dataset.cleanup_old_versions(timedelta(0), delete_unverified=True)
+    rollback(dataset)
+    found = describe_index(dataset)
+    assert (found.indexed_rows, found.masked_rows, found.tail_rows, found.unsaved_rows) == (300, 43, 20, 0)
+    assert found.mapped_rows == 257
+    queries = gaussian(5, 8, 2)
+    assert_exact(Exact(dataset, "l2"), queries, *open_index(dataset).knn(queries, 10))
+    rollback(dataset)
+    assert describe_index(dataset).tail_rows == 0

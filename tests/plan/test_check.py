@@ -49,7 +49,7 @@ class _Built:
         held_out = load_arrays(self.store, model.queries)
         self.queries = np.ascontiguousarray(held_out["vectors"])
         row_ids = (held_out["fragment_ids"].astype(np.uint64) << np.uint64(32)) + held_out["offsets"].astype(np.uint64)
-        self.own = self.index._snapshot.row_ids.positions(row_ids)
+        self.own = self.index.view.snapshot.row_ids.positions(row_ids)
 
 
 def _exact_positions(built: _Built, metric: Metric) -> list[set[int]]:
@@ -57,7 +57,7 @@ def _exact_positions(built: _Built, metric: Metric) -> list[set[int]]:
     values = clustered(ROWS, DIM, 1).astype(np.float64)
     if metric == "cosine":
         values /= np.linalg.norm(values, axis=1, keepdims=True)
-    live = np.flatnonzero(built.index._snapshot.live)
+    live = np.flatnonzero(built.index.view.snapshot.live)
     found = []
     for query, own in zip(built.queries.astype(np.float64), built.own, strict=True):
         rows = live[live != own]
@@ -68,15 +68,17 @@ def _exact_positions(built: _Built, metric: Metric) -> list[set[int]]:
 
 def _searched(built: _Built, query: int, width: dict[str, int]) -> set[int]:
     """What the loaded index answers to one held-out query when its own row may not be returned."""
-    live = built.index._snapshot.live.copy()
+    live = built.index.view.snapshot.live.copy()
     live[built.own[query]] = False
     answers: list[tuple[float, int]] = []
     vector = np.ascontiguousarray(built.queries[query : query + 1])
-    for first, segment, _ in built.index._segments:
+    first = 0
+    for segment in (loaded.segment for loaded in built.index.view.loaded):
         mask = Mask(live[first : first + segment.positions])
         raw, positions = segment.search(vector, RECALL_K, mask=mask, **width)
         sign = -1 if segment.larger_is_closer else 1
         answers += [(sign * float(d), first + int(p)) for d, p in zip(raw[0], positions[0], strict=True) if p >= 0]
+        first += segment.positions
     return {position for _, position in sorted(answers)[:RECALL_K]}
 
 

@@ -75,7 +75,7 @@ def test_a_k_beyond_the_live_rows_is_filled_up(opened: dict[str, Index], name: s
 @pytest.mark.parametrize("name", ["FLAT", "IVF_FLAT"])
 def test_every_k_gives_the_first_k_of_all(opened: dict[str, Index], name: str) -> None:
     index, queries = opened[name], clustered(3, DIM, 2)
-    truth = Exact(index._pinned.lance, "l2")
+    truth = Exact(index.view.pinned.lance, "l2")
     for k in (1, len(index) - 1, len(index), len(index) + 7):
         assert_exact(truth, queries, *index.knn(queries, k, **_widest(name)))
 
@@ -211,7 +211,7 @@ def test_many_kinds_of_parameters_at_once_from_many_threads(opened: dict[str, In
 
 
 def test_a_mask_that_is_gone_hides_nothing_later(opened: dict[str, Index]) -> None:
-    _, segment, _ = opened["FLAT"]._segments[0]
+    segment = opened["FLAT"].view.loaded[0].segment
     query = clustered(1, DIM, 2)
     for start in range(30):
         live = np.zeros(segment.positions, dtype=bool)

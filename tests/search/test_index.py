@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 import lance_dfaiss
-from lance_dfaiss.errors import DatasetChanged, InvalidArgument, InvalidQuery, UnknownColumn
+from lance_dfaiss.errors import IndexNotFound, InvalidArgument, InvalidQuery, UnknownColumn
 from lance_dfaiss.types import METRICS, Metric
 from tests.support import Exact, assert_exact, clustered, fixed_size, live_table, make_dataset, same_rows
 
@@ -94,7 +94,7 @@ def test_an_index_whose_rows_are_all_deleted(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("stable", [False, True], ids=["addresses", "stable ids"])
 @pytest.mark.parametrize("change", ["append", "update", "merge", "rewrite", "compact", "cast", "anew", "overwrite"])
-def test_rows_that_the_index_does_not_cover_are_refused_by_fragment(tmp_path: Path, change: str, stable: bool) -> None:
+def test_rows_that_the_index_does_not_cover_are_searched_beside_it(tmp_path: Path, change: str, stable: bool) -> None:
     dataset = _built(tmp_path, "IVF_FLAT", stable=stable)
     version = dataset.version
     expected = lance_dfaiss.open_index(dataset).knn(clustered(5, DIM, 2), 10, nprobe=8)
@@ -118,17 +118,18 @@ def test_rows_that_the_index_does_not_cover_are_refused_by_fragment(tmp_path: Pa
     else:
         dataset = lance.write_dataset(dataset.to_table(), dataset.uri, mode="overwrite", max_rows_per_file=150)
     if change == "overwrite" and not dataset.metadata:
-        with pytest.raises(lance_dfaiss.DfaissError):
+        with pytest.raises(IndexNotFound):
             lance_dfaiss.open_index(dataset)
     else:
-        with pytest.raises(DatasetChanged) as caught:
-            lance_dfaiss.open_index(dataset)
-        present = {fragment.fragment_id for fragment in dataset.get_fragments()}
-        expected_fragments = {
-            "append": {4}, "update": {4}, "merge": {4}, "rewrite": {0}, "cast": {0, 1, 2, 3}, "anew": {0, 1, 2, 3},
-        }  # fmt: skip
-        assert set(caught.value.fragments) == expected_fragments.get(change, present)
-        assert caught.value.remedy
+        index = lance_dfaiss.open_index(dataset)
+        rest, wide = "added", {fragment.fragment_id for fragment in dataset.get_fragments()}
+        expected_tail = {
+            "append": {4: rest}, "update": {4: rest}, "merge": {4: rest}, "rewrite": {0: "rewritten"}, "compact": {},
+        }.get(change, dict.fromkeys(wide, rest if change == "overwrite" else "rewritten"))  # fmt: skip
+        assert {fragment.fragment_id: fragment.reason for fragment in index.view.snapshot.tail} == expected_tail
+        assert index.stats().mapped_rows == (ROWS if change == "compact" else 0)
+        answer = index.knn(clustered(5, DIM, 2), 10, nprobe=8)
+        assert_exact(Exact(dataset, "l2"), clustered(5, DIM, 2), *answer, scale=500)
     old = lance_dfaiss.open_index(dataset.checkout_version(version))
     same_rows(old.knn(clustered(5, DIM, 2), 10, nprobe=8), expected)
     rebuilt = lance_dfaiss.create_index(dataset, "vec", "IVF_FLAT", num_partitions=4, replace=True)
