@@ -33,7 +33,12 @@ _FILTERS = 20
 # Callers that Lance is given for a batch, beside one call for all of it.
 _CALLERS = (2, 4)
 
-_AIMS = {"20 filters": 5.0, "every filter new": 1.0, "every filter new, filter_columns": 1.0}
+_AIMS = {
+    "20 filters": 5.0,
+    "every filter new": 1.0,
+    "every filter new, scalar index": 1.0,
+    "every filter new, filter_columns": 1.0,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,8 +127,13 @@ def _on(settings: Settings, corpus: Corpus) -> Outcome:
     mine = ranked(corpus, "filtered")
     mine.reset()
     dataset = lance_dfaiss.create_index(mine.open(), COLUMN, "AUTO", NAME, num_partitions=partitions)
-    indexes = {False: lance_dfaiss.open_index(dataset, NAME)}
-    indexes[True] = lance_dfaiss.open_index(dataset, NAME, filter_columns=[RANK])
+    # The version before the scalar index does not have it, also for those who opened it.
+    plain = lance_dfaiss.open_index(dataset, NAME)
+    mine.open().create_scalar_index(RANK, "BTREE")
+    indexes = dict.fromkeys(_AIMS, plain) | {
+        "every filter new, scalar index": lance_dfaiss.open_index(mine.open(), NAME),
+        "every filter new, filter_columns": lance_dfaiss.open_index(dataset, NAME, filter_columns=[RANK]),
+    }
     outcome = Outcome()
     with contextlib.ExitStack() as stack:
         pools = {callers: stack.enter_context(pool) for callers, pool in caller_pools().items()}
@@ -147,18 +157,18 @@ def _at(
     corpus: Corpus,
     share: float,
     filters: _Filters,
-    indexes: Mapping[bool, lance_dfaiss.Index],
+    indexes: Mapping[str, lance_dfaiss.Index],
     peers: list[_Peer],
     pools: Mapping[int, ThreadPoolExecutor],
 ) -> Outcome:
-    recall = filters.recall(lambda queries, sql: corpus.positions(indexes[False].knn(queries, K, filter=sql)[1]))
+    recall = filters.recall(lambda queries, sql: corpus.positions(indexes["20 filters"].knn(queries, K, filter=sql)[1]))
     outcome = Outcome()
     for batch in (False, True):
         peer_name, ask_peer = _fastest(filters, peers, pools, batch=batch)
         for mode, aim in _AIMS.items():
             # Numbers go up from turn to turn, so a filter that is called new has never been asked before.
             numbers = itertools.cycle(range(_FILTERS)) if mode == "20 filters" else itertools.count(_FILTERS)
-            index = indexes["filter_columns" in mode]
+            index = indexes[mode]
 
             def ask_ours(queries: Float32Array, sql: str, index: lance_dfaiss.Index = index) -> object:
                 return index.knn(queries, K, filter=sql)

@@ -92,6 +92,9 @@ _HELD_ROWS = 1 << 24
 
 # Names that mean another thing in a copy of the columns.
 _SYSTEM_COLUMN = re.compile(r"\b_row")
+
+# How Lance's messages begin where it could not read; it raises one class for that and for a filter that is wrong.
+_UNREADABLE = re.compile(r"(?:External error: )*(?:Not found:|LanceError\(IO\)|Encountered corrupt file|Object at)")
 _UNKNOWN_FIELD = re.compile(r"No field named (\S+?)\. ")
 
 
@@ -888,13 +891,15 @@ def _matching(dataset: LanceDataset, filter_sql: str, fragments: list[Any] | Non
         ).to_table()
     except ValueError as exc:
         said = _LANCE_SOURCE.sub("", str(exc).strip())
+        if _UNREADABLE.match(said):
+            raise StorageError(f"Lance could not read {uri}: {said}", location=uri) from exc
         unknown = _UNKNOWN_FIELD.search(said)
         if unknown:
             names = tuple(dataset.schema.names)
             raise UnknownColumn(
                 f"the filter {filter_sql!r} names a column that the dataset does not have: {said}",
                 remedy=f"It has {', '.join(names)}",
-                column=unknown[1],
+                column=unknown[1].strip('"'),
                 available=names,
             ) from exc
         raise InvalidFilter(

@@ -170,6 +170,7 @@ def publish_manifest(
     previous: FoundPointer | None,
     index_uri: str | None,
     lease: Lease,
+    again: bool = False,
 ) -> None:
     """Write the manifest and make its generation current.
 
@@ -187,6 +188,8 @@ def publish_manifest(
         Where generations lie, if not in the dataset.
     lease : Lease
         On the generation.
+    again : bool
+        A manifest of the usual name was written and deleted before: no name is used twice.
 
     Raises
     ------
@@ -199,7 +202,7 @@ def publish_manifest(
     check_present(store, lengths)
     lease.check()
     name = f"{manifest.generation}/manifest.json"
-    if store.exists(name):
+    if again or store.exists(name):
         # Of a build that stopped just before its pointer, or of a living twin's: never rewritten, so it keeps its name.
         name = f"{manifest.generation}/manifest-{uuid.uuid4().hex[:12]}.json"
     reference = write_document(store, name, encode(manifest))

@@ -70,6 +70,35 @@ class CurrentIndex:
             value_type=column.type.value_type,
         )
 
+    def with_shards(self, added: Sequence[ShardRecord], version: int) -> CurrentIndex:
+        """Return the index with more shards, resolved again.
+
+        Parameters
+        ----------
+        added : sequence of ShardRecord
+            Encoded with the same model.
+        version : int
+            Dataset version that they were encoded over, this one or an earlier one.
+        """
+        # Compactions since then are looked for from there on.
+        since = replace(self.manifest, dataset=replace(self.manifest.dataset, version=version))
+        generation = replace(self.generation, manifest=since, records=(*self.resolution.records, *added))
+        resolution = resolve_generation(self.pinned, generation, before=self.resolution)
+        return replace(self, generation=generation, resolution=resolution)
+
+    def reopened(self) -> CurrentIndex:
+        """Return the index as it stands now.
+
+        Raises
+        ------
+        IndexNotFound, CorruptIndex, UntrustedLocation, DatasetChanged
+            As `open_current` does.
+        """
+        newest = self.pinned.latest()
+        found = find_pointer(newest, self.manifest.name, self.index_uri)
+        generation = read_generation(newest, found, () if self.index_uri is None else (self.index_uri,))
+        return replace(self, pinned=newest, generation=generation, resolution=resolve_generation(newest, generation))
+
     def placed_records(self, generation: str) -> list[ShardRecord]:
         """Return `mapped_records` without the shards of which not one row is in this version."""
         positions, _, lengths = self.resolution.snapshot.places.runs
@@ -126,8 +155,19 @@ class CurrentIndex:
             statistics=replace(old.statistics, seconds=(("encode", round(seconds, 3)),)),
         )
 
-    def commit(self, manifest: Manifest, records: Sequence[ShardRecord], lease: Lease) -> None:
+    def commit(self, manifest: Manifest, records: Sequence[ShardRecord], lease: Lease, *, again: bool = False) -> None:
         """Write the records that are new, and make a generation current.
+
+        Parameters
+        ----------
+        manifest : Manifest
+            Of the new generation.
+        records : sequence of ShardRecord
+            Its shards.
+        lease : Lease
+            On it.
+        again : bool
+            It was tried before: a manifest of the usual name has been there.
 
         Raises
         ------
@@ -147,6 +187,7 @@ class CurrentIndex:
             previous=self.generation.found,
             index_uri=self.index_uri,
             lease=lease,
+            again=again,
         )
 
 

@@ -162,8 +162,7 @@ class _MovedRows:
         if record.training_error is not None:
             self._errors.append((record.training_error, int(np.count_nonzero(entries))))
         if self._stable:
-            order = np.argsort(new)
-            self._name(record.cover, old[order], new[order])
+            self._name(record.cover, old, new)
         targets = np.full(record.cover.physical_rows, -1, dtype=np.int64)
         targets[old[entries]] = new[entries]
         return targets

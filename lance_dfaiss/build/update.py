@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import engine
+from ..errors import CommitConflict, CoverOverlap, DatasetChanged, IndexNotFound
 from ..lance_io import LanceDataset, move_to_latest
 from ..machine import usable_memory_bytes
-from ..manifest import BuildPlan, ShardRecord, ShardTask, decode_model_record
+from ..manifest import BuildPlan, ShardRecord, ShardTask, check_cover_disjoint, decode_model_record
 from ..plan import plan_tasks
 from ..progress import PhaseMeter, Progress, SilentProgress
 from ..search.load import load_model_of
@@ -31,6 +32,9 @@ from .train import HeldOut, TrainedModel
 __all__ = ["SyncReport", "UpdateReport", "encode_fragments", "new_generation", "sync_index", "update_index"]
 
 _log = logging.getLogger(__name__)
+
+# Times a commit is tried on top of other writers' before the conflict is the caller's.
+_COMMIT_ATTEMPTS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +54,8 @@ class UpdateReport:
     mapped_rows : int
         Indexed rows whose way through compactions was written down.
     drift : float or None
-        Mean squared error of encoding the new rows, over that of the old ones: well above 1 means that the model
-        no longer fits, and `optimize_index(retrain=True)` trains another. None where codes are exact.
+        Mean squared distance of the new rows to the centroids of their lists, over that of the old ones: well above
+        1 means that the model no longer fits, and `optimize_index(retrain=True)` trains another. None without lists.
     seconds : float
         Wall time.
     """
@@ -137,7 +141,7 @@ def update_index(
     InvalidVectors
         If ``on_invalid="error"`` met a bad row.
     CommitConflict
-        If another writer changed the index meanwhile; its index is untouched.
+        If another writer indexed the same rows meanwhile, or replaced or dropped the index; its work is untouched.
     LeaseExpired
         If this process was stopped for too long.
     """
@@ -168,13 +172,11 @@ def update_index(
             seconds=time.perf_counter() - started,
         )
     with new_generation(current) as (generation, lease):
-        kept = current.placed_records(generation) if resolution.snapshot.tail else current.mapped_records(generation)
         offsets = {t.fragment_id: t.offsets for t in resolution.snapshot.tail if t.offsets is not None}
         tasks = _tasks(current, options) if resolution.snapshot.tail else ()
         added = encode_fragments(current, generation, tasks, options, offsets)
         lease.check()
-        manifest = current.derive(generation, [*kept, *added], time.perf_counter() - started)
-        current.commit(manifest, [*kept, *added], lease)
+        _commit_on_top(current, added, generation, lease, started)
     move_to_latest(current.handle)
     report = UpdateReport(
         changed=True,
@@ -185,7 +187,7 @@ def update_index(
         drift=_drift(resolution.records, added),
         seconds=time.perf_counter() - started,
     )
-    _log.info("index %r: %d rows added in %d shards", manifest.name, report.added_rows, report.added_shards)
+    _log.info("index %r: %d rows added in %d shards", current.manifest.name, report.added_rows, report.added_shards)
     return report
 
 
@@ -300,6 +302,48 @@ def encode_fragments(
     records = sorted(LocalRunner(options.num_workers).run(job, tasks), key=lambda record: record.ordinal)
     meter.finish()
     return records
+
+
+def _commit_on_top(
+    current: CurrentIndex, added: Sequence[ShardRecord], generation: str, lease: Lease, started: float
+) -> None:
+    """Commit new shards beside those there are; also on top of what others did to the index meanwhile.
+
+    What a shard covers does not change by what happens to its neighbours. So a sync, an optimisation or another
+    update in between is no reason to encode again, as long as the model is the same and no row is in two shards.
+    """
+    base, encoded_over = current, current.pinned.version
+    for attempt in range(_COMMIT_ATTEMPTS):
+        with_added = base if not added else base.with_shards(added, encoded_over)
+        records = with_added.placed_records(generation) if added else base.mapped_records(generation)
+        manifest = base.derive(generation, records, time.perf_counter() - started)
+        try:
+            base.commit(manifest, records, lease, again=attempt > 0)
+        except CommitConflict as conflict:
+            if attempt + 1 == _COMMIT_ATTEMPTS:
+                raise
+            base = _after(conflict, base, added)
+            _log.info("index %r: another writer was faster, committing on top", manifest.name)
+        else:
+            return
+
+
+def _after(conflict: CommitConflict, lost: CurrentIndex, added: Sequence[ShardRecord]) -> CurrentIndex:
+    """Return the index as the faster writer left it.
+
+    Raises
+    ------
+    CommitConflict
+        If the shards do not go with what there is now.
+    """
+    try:
+        now = lost.reopened()
+        check_cover_disjoint((*now.resolution.records, *added))
+    except (IndexNotFound, CoverOverlap, DatasetChanged):
+        raise conflict from None
+    if now.manifest.model.fingerprint != lost.manifest.model.fingerprint:
+        raise conflict
+    return now
 
 
 def _tasks(current: CurrentIndex, options: BuildOptions) -> tuple[ShardTask, ...]:

@@ -315,7 +315,7 @@ class Cover:
         if self.updated is not None:
             _check_positions(self.updated, place.at("updated"), self.physical_rows)
         if self.remap is not None:
-            _check_remap(self.remap.runs, place.at("remap").at("runs"), self.physical_rows)
+            _check_remap(self.remap, place.at("remap").at("runs"), self.physical_rows)
 
 
 def check_fragments(fragments: Sequence[FragmentCover], place: Place) -> int:
@@ -360,12 +360,14 @@ def _check_row_ids(table: RunTable, place: Place, physical_rows: int) -> None:
     check_ranges(by_id[:, 1], by_id[:, 2], place, limit=MAX_INTEGER, what="row ids, in order of id")
 
 
-def _check_remap(table: RunTable, place: Place, physical_rows: int) -> None:
-    _check_positions(table, place, physical_rows)
-    rows = table.rows
+def _check_remap(remap: Remap, place: Place, physical_rows: int) -> None:
+    _check_positions(remap.runs, place, physical_rows)
+    held = {fragment.fragment_id: fragment.physical_rows for fragment in remap.fragments}
+    rows = remap.runs.rows
     by_target = rows[np.lexsort((rows[:, 2], rows[:, 1]))]
     starts = np.flatnonzero(by_target[1:, 1] != by_target[:-1, 1]) + 1
     for target in np.split(by_target, starts):
         if len(target):
             what = f"offsets in fragment {target[0, 1]}, in order of offset"
-            check_ranges(target[:, 2], target[:, 3], place, limit=MAX_INTEGER, what=what)
+            limit = held.get(int(target[0, 1]), MAX_INTEGER)
+            check_ranges(target[:, 2], target[:, 3], place, limit=limit, what=what)

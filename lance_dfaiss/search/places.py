@@ -154,6 +154,22 @@ class Places:
         """Return the map between positions and row addresses."""
         return RunMap(self.positions, self.addresses, self.lengths)
 
+    def counts(self, marks: NDArray[np.bool_]) -> Int64Array:
+        """Return how many positions of each run are marked, int64 ``(runs,)``.
+
+        Parameters
+        ----------
+        marks : numpy.ndarray
+            bool ``(positions,)``.
+        """
+        if len(self) <= _FEW_RUNS:
+            runs = zip(self.positions.tolist(), self.lengths.tolist(), strict=True)
+            counted = (np.count_nonzero(marks[position : position + length]) for position, length in runs)
+            return np.fromiter(counted, np.int64, len(self))
+        totals = np.concatenate(([0], np.cumsum(marks)))
+        counts: Int64Array = totals[self.positions + self.lengths] - totals[self.positions]
+        return counts
+
     def where(self, kept: NDArray[np.bool_]) -> Places:
         """Return the rows whose position is marked.
 
@@ -162,8 +178,7 @@ class Places:
         kept : numpy.ndarray
             bool ``(positions,)``.
         """
-        totals = np.concatenate(([0], np.cumsum(kept)))
-        counts = totals[self.positions + self.lengths] - totals[self.positions]
+        counts = self.counts(kept)
         whole, partly = self.select(counts == self.lengths), self.select((counts > 0) & (counts < self.lengths))
         if not len(partly):
             return whole

@@ -154,10 +154,13 @@ def locate(covers: Sequence[Cover], states: Sequence[FragmentState]) -> Located:
         arrived = arrived.where(~taken)
         taken |= _marks(arrived, cover.physical_rows)
         # The last known place of a row is where a remap led it, else where it was encoded from.
-        gone = Places.join([moved.where(~taken), origins.where(~taken & ~_marks(moved, cover.physical_rows))])
+        known = {f.fragment_id: f.signature for f in cover.fragments} | {t.fragment_id: t.signature for t in targets}
+        # A restored version can deal a number again: what then bore it tells nothing of the rows from before.
+        clear = [f.fragment_id for f in cover.fragments if known[f.fragment_id] == f.signature]
+        stayed = origins.where(~taken & ~_marks(moved, cover.physical_rows)).in_fragments(clear)
+        gone = Places.join([moved.where(~taken), stayed])
         direct.append(_shifted(found, base))
         mapped.append(_shifted(arrived, base))
-        known = {f.fragment_id: f.signature for f in cover.fragments} | {t.fragment_id: t.signature for t in targets}
         for fragment_id in np.unique(gone.fragment_ids).tolist():
             if signatures.get(fragment_id, known[fragment_id]) != known[fragment_id]:
                 # Rewritten in place between two shards: only what the later one read can have moved on.
@@ -417,8 +420,7 @@ def _clear(marks: NDArray[np.bool_], table: RunTable) -> None:
 
 def live_rows_of(places: Places, live: NDArray[np.bool_]) -> int:
     """Count the rows whose position is live."""
-    totals = np.concatenate(([0], np.cumsum(live)))
-    return int((totals[places.positions + places.lengths] - totals[places.positions]).sum())
+    return int(places.counts(live).sum())
 
 
 def _row_ids(covers: Sequence[Cover]) -> RunMap:

@@ -268,7 +268,7 @@ class View:
             with _stage(trace, "scan") as facts:
                 _, raw, positions = part.segment.range_search(query, raw_radius, nprobe=lists, mask=part.mask)
                 distances = _lance_distances(raw, self.metric)
-                inside = distances < radius
+                inside = distances < np.float64(radius)  # a float would be rounded to a float32
                 found.append((distances[inside], self._row_ids(part, positions[inside])))
                 facts.update(rows=part.rows, inside=len(found[-1][0]))
         distances = np.concatenate([d for d, _ in found]) if found else np.empty(0, np.float32)
@@ -370,7 +370,8 @@ class View:
         length_bytes = rows * self.model.spec.dim * 4
         if chosen and length_bytes <= _EXACT_BYTES and all(part.segment.can_decode for part, _ in chosen):
             held = [(part, np.flatnonzero(some)) for part, some in chosen]
-            vectors = np.concatenate([part.segment.reconstruct(positions) for part, positions in held])
+            decoded = [part.segment.reconstruct(positions) for part, positions in held]
+            vectors = decoded[0] if len(decoded) == 1 else np.concatenate(decoded)  # megabytes: not copied for nothing
             row_ids = np.concatenate([self._row_ids(part, positions) for part, positions in held])
             return [Part(0, flat_segment(self.model, vectors), None, rows, row_ids)], length_bytes + row_ids.nbytes
         parts = [Part(part.first, part.segment, Mask(some), int(np.count_nonzero(some)), None) for part, some in chosen]

@@ -79,9 +79,9 @@ def test_memory_is_that_of_the_child(runs: Any) -> None:
 
 def test_filters_are_held_to_recall_and_their_best_peer_is_named(runs: Any) -> None:
     rows = runs["filter"]["rows"]
-    modes = ("20 filters", "every filter new", "every filter new, filter_columns")
+    modes = ["20 filters", *(f"every filter new{how}" for how in ("", ", scalar index", ", filter_columns"))]
     # Two sets, two shares, one at a time and in a batch.
-    assert [sum(f" match, {mode}, one" in row["what"] for row in rows) for mode in modes] == [8, 8, 8]
+    assert [sum(f" match, {mode}, one" in row["what"] for row in rows) for mode in modes] == [8, 8, 8, 8]
     for row in rows:
         assert row["data"]["recall"] >= 0.95
         assert "Lance" in row["peer"]

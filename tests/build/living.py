@@ -51,7 +51,7 @@ class Living:
         kinds = ["append", "append", "delete", "change", "compact", "index", "index"]
         kind = self.random.choice(kinds)
         getattr(self, kind)()
-        self.dataset.checkout_latest()
+        self.dataset.checkout_latest()  # type: ignore[no-untyped-call]
         return kind
 
     def append(self) -> None:
@@ -106,7 +106,7 @@ def answers(dataset: Any, k: int = 12, **options: Any) -> tuple[NDArray[np.float
     """Open the index and ask it, as widely as it can be asked."""
     index = lance_dfaiss.open_index(dataset, **options)
     spec = current_of(dataset, **options).manifest.spec
-    wide = {"nprobe": spec.num_partitions} if spec.num_partitions else {}
+    wide: dict[str, Any] = {"nprobe": spec.num_partitions} if spec.num_partitions else {}
     wide |= {"k_factor": 500} if spec.refine else {}
     wide |= {"ef": 2000} if "HNSW" in spec.factory else {}
     return index.knn(QUERIES, k, **wide)

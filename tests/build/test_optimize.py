@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,25 @@ def test_only_what_is_worth_it_is_rewritten(aged: lance.LanceDataset) -> None:
     assert not optimize_index(aged).changed
 
 
+def test_of_shards_that_stay_it_is_written_down_where_their_rows_went(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "d", clustered(200, DIM, 1), rows_per_fragment=50)
+    lance_dfaiss.create_index(dataset, "vec", "FLAT", num_shards=2)
+    for first in (200, 210):
+        dataset.insert(rows(first, clustered(10, DIM, first)), mode="append")
+        lance_dfaiss.update_index(dataset)
+    old = current_of(dataset).resolution.records
+    dataset.optimize.compact_files(target_rows_per_fragment=100)
+    assert [fragment.count_rows() for fragment in dataset.get_fragments()] == [100, 120]
+    assert optimize_index(dataset).shards_after == 2
+    new = current_of(dataset).resolution.records
+    assert new[0].index == old[0].index, "the other one shares a fragment with what was added"
+    dataset.cleanup_old_versions(timedelta(0))
+    assert tail_of(dataset) == set()
+    assert_true(dataset)
+
+
 @pytest.mark.parametrize("kind", ["HNSW_FLAT", "HNSW_SQ"])
-def test_graphs_are_encoded_again(kind: str, tmp_path: Path) -> None:
+def test_graphs_are_encoded_again(kind: Any, tmp_path: Path) -> None:
     living = Living(tmp_path / "d", stable=True, seed=3)
     dataset = living.dataset
     lance_dfaiss.create_index(dataset, "vec", kind, num_shards=2)
@@ -165,7 +183,7 @@ def test_rows_that_come_back_are_searched(aged: lance.LanceDataset) -> None:
     name, key = "vec_idx", "lance_dfaiss.vec_idx"
     optimized = aged.metadata[key]
     aged.checkout_version(before).restore()  # type: ignore[no-untyped-call]
-    aged.checkout_latest()
+    aged.checkout_latest()  # type: ignore[no-untyped-call]
     PinnedDataset(aged).commit_pointer(name, aged.metadata[key], optimized, ours="")
     assert_true(aged)
     assert len(tail_of(aged)) == 127
@@ -220,7 +238,7 @@ def test_each_task_loads_the_shards_it_needs(aged: lance.LanceDataset, monkeypat
 
 def test_a_place_outside_the_dataset(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "d", clustered(100, DIM, 1))
-    where = {"index_uri": str(tmp_path / "elsewhere")}
+    where: dict[str, Any] = {"index_uri": str(tmp_path / "elsewhere")}
     lance_dfaiss.create_index(dataset, "vec", "FLAT", **where)
     for first in (100, 110):
         dataset.insert(rows(first, clustered(10, DIM, first)), mode="append")

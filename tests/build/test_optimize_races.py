@@ -52,7 +52,7 @@ def test_of_two_processes_one_wins(other: str, nursery: Nursery, dataset: lance.
         meeting.release(name)
     outcomes = [nursery.wait(each) for each in started]
     assert sorted(outcome.error for outcome in outcomes) == ["", "CommitConflict"], [o.trace for o in outcomes]
-    dataset.checkout_latest()
+    dataset.checkout_latest()  # type: ignore[no-untyped-call]
     won = next(outcome.result["report"]["generation"] for outcome in outcomes if not outcome.error)
     assert current_of(dataset).manifest.generation == won
     assert _generations(dataset) == before | {won}, "files of the loser were left"
@@ -90,7 +90,7 @@ def test_data_may_change_meanwhile(what: str, tmp_path: Path) -> None:
 def test_it_loses_to_an_update_that_came_first(dataset: lance.LanceDataset) -> None:
     with pytest.raises(CommitConflict):
         optimize_index(dataset.uri, progress=Until("encode", 0, lambda: lance_dfaiss.update_index(dataset.uri)))
-    dataset.checkout_latest()
+    dataset.checkout_latest()  # type: ignore[no-untyped-call]
     manifest = current_of(dataset).manifest
     assert manifest.generation in _generations(dataset)
     assert len(_generations(dataset)) == 4, "create, three updates, and nothing else"
@@ -115,7 +115,7 @@ def test_killed_at_any_step_it_leaves_an_index(
     for stop in STOPS:
         outcome = nursery.run("keep up", tmp_path, **job, stop=stop)
         assert outcome.signal_number == signal.SIGKILL, (stop, outcome.trace)
-        dataset.checkout_latest()
+        dataset.checkout_latest()  # type: ignore[no-untyped-call]
         assert (current_of(dataset).manifest.generation == generation) == (stop != "after pointer")
         if stop != "after pointer" or not retrain:
             same_rows(answers(dataset), found)

@@ -110,7 +110,7 @@ def test_what_did_not_win_leaves_nothing(what: str, tmp_path: Path) -> None:
 
     with pytest.raises(InvalidArgument if what == "error" else CommitConflict):
         optimize_index(dataset.uri, retrain=True, progress=Until("check", 0, act))
-    dataset.checkout_latest()
+    dataset.checkout_latest()  # type: ignore[no-untyped-call]
     if what == "drop":
         assert lance_dfaiss.list_indices(dataset) == []
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import lance
 import pytest
@@ -66,7 +67,7 @@ def test_the_tail_stays_the_tail(dataset: lance.LanceDataset) -> None:
 
 def test_a_place_outside_the_dataset(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "d", clustered(100, DIM, 1), rows_per_fragment=50)
-    where = {"index_uri": str(tmp_path / "elsewhere")}
+    where: dict[str, Any] = {"index_uri": str(tmp_path / "elsewhere")}
     lance_dfaiss.create_index(dataset, "vec", "FLAT", **where)
     dataset.optimize.compact_files()
     assert sync_index(dataset, **where).mapped_rows == 100
@@ -85,7 +86,7 @@ def test_it_loses_to_an_update(dataset: lance.LanceDataset, monkeypatch: pytest.
     monkeypatch.setattr(CurrentIndex, "derive", late)
     with pytest.raises(CommitConflict):
         sync_index(dataset.uri)
-    dataset.checkout_latest()
+    dataset.checkout_latest()  # type: ignore[no-untyped-call]
     assert len(list(Path(dataset.uri, "_dfaiss").iterdir())) == 2, "files of the loser were left"
     assert current_of(dataset).resolution.unsaved_rows == 0
 

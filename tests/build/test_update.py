@@ -131,7 +131,7 @@ def test_rows_that_come_back_after_a_restore(tmp_path: Path) -> None:
     lance_dfaiss.create_index(dataset, "vec", "FLAT")
     pointer = dataset.metadata["lance_dfaiss.vec_idx"]
     dataset.checkout_version(whole).restore()  # type: ignore[no-untyped-call]
-    dataset.checkout_latest()
+    dataset.checkout_latest()  # type: ignore[no-untyped-call]
     dataset.update_metadata({"lance_dfaiss.vec_idx": pointer})
     assert len(tail_of(dataset)) == 10
     assert_true(dataset)
@@ -200,7 +200,7 @@ def test_drift_tells_of_other_data(tmp_path: Path) -> None:
 
 
 def test_a_place_outside_the_dataset(tmp_path: Path) -> None:
-    where = {"index_uri": str(tmp_path / "elsewhere")}
+    where: dict[str, Any] = {"index_uri": str(tmp_path / "elsewhere")}
     dataset = _built(tmp_path, **where)
     _append(dataset, 200, 10)
     assert update_index(dataset, **where).added_rows == 10
@@ -254,7 +254,7 @@ def test_it_loses_to_another_writer(tmp_path: Path) -> None:
     for other in others:
         with pytest.raises(CommitConflict):
             update_index(dataset.uri, progress=Until("encode", 0, other))
-        dataset.checkout_latest()
+        dataset.checkout_latest()  # type: ignore[no-untyped-call]
         manifest = current_of(dataset).manifest
         kept = {path.name for path in Path(dataset.uri, "_dfaiss").iterdir()}
         assert manifest.generation in kept
@@ -277,7 +277,7 @@ def test_of_two_processes_one_wins(nursery: Nursery, tmp_path: Path) -> None:
         meeting.release(name)
     outcomes = [nursery.wait(each) for each in started]
     assert sorted(outcome.error for outcome in outcomes) == ["", "CommitConflict"], [o.trace for o in outcomes]
-    dataset.checkout_latest()
+    dataset.checkout_latest()  # type: ignore[no-untyped-call]
     assert tail_of(dataset) == set()
     assert_true(dataset)
 
@@ -289,7 +289,7 @@ def test_killed_at_any_step_it_leaves_the_old_generation(nursery: Nursery, tmp_p
     for stop in ("half of shard-00000.faiss", "after shard-00000.json", "half of manifest.json", "before pointer"):
         outcome = nursery.run("keep up", tmp_path, dataset=dataset.uri, action="update_index", stop=stop)
         assert outcome.signal_number == signal.SIGKILL, (stop, outcome.trace)
-        dataset.checkout_latest()
+        dataset.checkout_latest()  # type: ignore[no-untyped-call]
         assert current_of(dataset).manifest.generation == generation
         same_rows(answers(dataset), found)
     assert update_index(dataset).added_rows == 10

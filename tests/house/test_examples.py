@@ -45,6 +45,19 @@ def test_the_demo_measures_speed(report: str) -> None:
     assert all(speed > 0 for speed in speeds)
 
 
+def test_the_keeping_up_example_ends_as_it_says(tmp_path: Path) -> None:
+    command = [sys.executable, "examples/keeping_up.py", "--into", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    verbs = done.stdout.split("Nearest to 'volcano', verbs only\n")[1].splitlines()[:5]
+    assert [line.split()[1] for line in verbs] == ["verb"] * 5
+    assert "11,000 rows indexed, 2 masked, 0 mapped, 999 in the tail" in done.stdout
+    assert "11,999 rows indexed, 2 masked, 11,997 mapped, 0 in the tail" in done.stdout
+    last = done.stdout.split("Cleaned up: ")[1]
+    assert "shouted volcano" in last
+    assert "adj" not in last  # 'volcanic' was deleted
+
+
 def test_the_demo_data_is_what_its_provenance_says() -> None:
     vectors, queries = np.load(DATA / "vectors.f16.npy"), np.load(DATA / "queries.f16.npy")
     assert (vectors.shape, vectors.dtype) == ((12_000, 384), np.float16)

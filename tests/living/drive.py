@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def run_steps(
 def _work(folder: Path, seed_number: int, steps: int, shard: int, shards: int, *, length: int, shrink: bool) -> int:
     """Run the batches of one process that have no report of success yet."""
     failed = 0
+    logging.getLogger("lance_dfaiss").setLevel(logging.ERROR)  # advice that nobody here follows
     batch_steps = min(_BATCH_STEPS, -(-steps // shards))
     for batch in range(shard, -(-steps // batch_steps), shards):
         report = folder / f"batch-{batch:04d}.json"

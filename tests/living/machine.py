@@ -56,11 +56,22 @@ class LivingMachine(RuleBasedStateMachine):
             self._ill = 0
             self.world.heal(self.counts["steps"])
 
-    @initialize(seed=SEEDS, rows=ROWS, per_fragment=FRAGMENT_ROWS, metric=st.sampled_from(["l2", "cosine", "dot"]))
-    def start(self, seed: int, rows: int, per_fragment: int, metric: Metric) -> None:
+    @initialize(
+        seed=SEEDS,
+        rows=ROWS,
+        per_fragment=FRAGMENT_ROWS,
+        metric=st.sampled_from(["l2", "cosine", "dot"]),
+        aged=st.booleans(),
+    )
+    def start(self, seed: int, rows: int, per_fragment: int, metric: Metric, aged: bool) -> None:
         self.world.start(seed, rows, per_fragment)
         self.world.create(INDEX_NAMES[0], metric, "FLAT", 1)
         self.world.check()
+        if aged:  # so that a short life meets shards of its own age, and rows that moved
+            self._step("append", seed=seed + 1, rows=20, per_fragment=15, columns="all")
+            self._step("upkeep", "update", INDEX_NAMES[0])
+            self._step("delete", seed=seed, what="few")
+            self._step("compact", fragment_rows=40, materialize=True, threshold=0.0, mode="reencode", defer=False)
 
     @rule(
         seed=SEEDS,

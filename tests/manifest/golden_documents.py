@@ -20,6 +20,7 @@ from lance_dfaiss.manifest import (
 GOLDEN = Path(__file__).parent / "golden"
 
 DECODERS: dict[str, Callable[..., Document]] = {
+    "followed": decode_shard_record,
     "lease": decode_lease,
     "manifest": decode_manifest,
     "model": decode_model_record,
@@ -28,7 +29,9 @@ DECODERS: dict[str, Callable[..., Document]] = {
     "shard": decode_shard_record,
 }
 
-KINDS = sorted(DECODERS)
+GOLDENS = sorted(DECODERS)
+KINDS = sorted(set(DECODERS) - {"followed"})
+"""One document of each kind; ``followed`` is a shard again, with what was added to it later."""
 
 
 def golden_bytes(kind: str) -> bytes:

@@ -27,6 +27,7 @@ from lance_dfaiss.manifest import (
     RecallReport,
     Reference,
     Remap,
+    RemapTarget,
     RunTable,
     ShardEntry,
     ShardRecord,
@@ -167,7 +168,25 @@ def covers(draw: st.DrawFn) -> Cover:
         row_ids=draw(st.none() | st.just(_table(row_ids, 3))),
         skipped=_table(skipped, 2),
         deleted=_table(deleted, 2),
-        remap=draw(st.none() | st.builds(Remap, version=positives, runs=st.just(_table(remap, 4)))),
+        remap=draw(
+            st.none() | st.builds(Remap, version=positives, runs=st.just(_table(remap, 4)), fragments=_targets(moved))
+        ),
+        updated=draw(st.none() | st.just(_table([(first, first + 7, length) for first, length in positions], 3))),
+    )
+
+
+@st.composite
+def _targets(draw: st.DrawFn, moved: Sequence[tuple[int, int]]) -> tuple[RemapTarget, ...]:
+    """Some of the fragments that rows were moved to, and one that none were."""
+    ends = {first % 3: first + length for first, length in moved}
+    chosen = draw(st.lists(st.sampled_from([*ends, 99]), unique=True))
+    return tuple(
+        RemapTarget(
+            fragment_id=fragment_id,
+            physical_rows=ends.get(fragment_id, 0) + draw(st.integers(0, 9)),
+            signature=draw(signatures),
+        )
+        for fragment_id in chosen
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import zlib
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
 import numpy as np
@@ -12,20 +13,23 @@ import pytest
 
 from lance_dfaiss.manifest import (
     BuildPlan,
+    FragmentSignature,
     LeaseDocument,
     Manifest,
     ModelRecord,
     Pointer,
     Remap,
+    RemapTarget,
     RunTable,
     ShardRecord,
     encode,
 )
 from lance_dfaiss.manifest.lease import as_time
 from lance_dfaiss.spec import SearchOptions
-from tests.manifest.golden_documents import DECODERS, GOLDEN, KINDS, golden_bytes
+from tests.manifest.golden_documents import DECODERS, GOLDEN, GOLDENS, golden_bytes
 
 _MODELS = {
+    "followed": ShardRecord,
     "lease": LeaseDocument,
     "manifest": Manifest,
     "model": ModelRecord,
@@ -44,10 +48,10 @@ def _inflated(document: bytes) -> bytes:
 
 def test_there_is_one_golden_document_of_each_kind() -> None:
     assert sorted(path.name for path in GOLDEN.iterdir()) == ["PROVENANCE.md", "v1"]
-    assert sorted(path.name for path in (GOLDEN / "v1").iterdir()) == [f"{kind}.json" for kind in KINDS]
+    assert sorted(path.name for path in (GOLDEN / "v1").iterdir()) == [f"{kind}.json" for kind in GOLDENS]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GOLDENS)
 def test_golden_documents_are_read_and_written_back_to_the_same_bytes(kind: str) -> None:
     document = DECODERS[kind](golden_bytes(kind), location="golden")
     assert type(document) is _MODELS[kind]
@@ -67,6 +71,28 @@ def test_the_golden_shard_says_what_was_put_into_it() -> None:
     )
     assert record.cover.skipped_rows == record.skipped.total == 5
     assert [entry.name.split(".", 1)[1] for entry in record.files] == ["faiss", "refine.faiss", "check.npz"]
+
+
+def test_the_golden_shard_whose_rows_were_followed_says_where_they_went() -> None:
+    first, followed = (DECODERS[kind](golden_bytes(kind), location="golden") for kind in ("shard", "followed"))
+    assert isinstance(first, ShardRecord)
+    assert isinstance(followed, ShardRecord)
+    assert (first.cover.updated, first.cover.remap and first.cover.remap.fragments) == (None, ())
+    assert followed.cover.updated == RunTable.of([[0, 3, 1000], [1000, 17, 2000]])
+    assert followed.cover.remap is not None
+    assert followed.cover.remap.fragments == (
+        RemapTarget(
+            fragment_id=7, physical_rows=998, signature=FragmentSignature(files=(("data/7.lance", 3),), overlays=())
+        ),
+        RemapTarget(
+            fragment_id=8,
+            physical_rows=2000,
+            signature=FragmentSignature(files=(("data/8.lance", 0),), overlays=("overlay-2",)),
+        ),
+    )
+    # All else is the same: the optional parts add to a document, they change nothing in it.
+    remap = replace(followed.cover.remap, fragments=())
+    assert replace(followed, cover=replace(followed.cover, updated=None, remap=remap)) == first
 
 
 def test_the_golden_plan_and_manifest_say_what_was_put_into_them() -> None:
