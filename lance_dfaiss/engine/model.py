@@ -29,6 +29,9 @@ _ERROR_ROWS = 16_384
 # OPQ's default of 50 iterations takes minutes on 40,000 rows; the rotation hardly moves after 10.
 _OPQ_ITERATIONS = 10
 
+# Codewords of each of its sub-quantizers; FAISS wants a row for each.
+_OPQ_CODEWORDS = 256
+
 # k-means ends when an iteration lowers the error by less than this share. For lists that takes 6 or 7
 # iterations instead of FAISS's 10, for an error at most 0.7 % above theirs on real and synthetic sets;
 # codes are given longer, as their error goes straight into the distances.
@@ -241,12 +244,14 @@ def _train_transforms(base: Any, sample: Float32Array) -> None:
     seen = sample
     for transform in _transforms(base):
         if not transform.is_trained:
-            if len(seen) < transform.d_out:
+            # OPQ trains codebooks to rotate for.
+            needed = max(transform.d_out, _OPQ_CODEWORDS if isinstance(transform, faiss.OPQMatrix) else 0)
+            if len(seen) < needed:
                 raise InsufficientData(
-                    f"a transform to {transform.d_out} dimensions needs as many training rows, found {len(seen)}",
-                    remedy="Use fewer dimensions, or a factory without the transform",
+                    f"a transform to {transform.d_out} dimensions needs {needed} training rows, found {len(seen)}",
+                    remedy="Use a factory without the transform, or fewer dimensions",
                     rows=len(seen),
-                    needed=int(transform.d_out),
+                    needed=int(needed),
                 )
             transform.train(seen)
         seen = transform.apply(seen)

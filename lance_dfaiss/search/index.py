@@ -45,16 +45,11 @@ from .load import Generation, in_order, load_segments, read_generation, reusable
 from .resolve import resolve_generation
 from .tail import MAX_TAIL_BYTES, MAX_TAIL_ROWS, TailLimits
 from .trace import Explanation, Trace
-from .view import View, Widths, default_widths
+from .view import View, Widths
 
 __all__ = ["Index", "IndexStats", "open_index", "open_view"]
 
 _log = logging.getLogger(__name__)
-
-# Without a measurement (too few rows): wide enough for small data, cheap enough for any.
-_FALLBACK_NPROBE = 32
-_FALLBACK_EF = 64
-_FALLBACK_K_FACTOR = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,13 +246,6 @@ class Index:
         self._allowed = tuple(allowed)
         self._columns = columns
         self._moving = threading.Lock()
-        self._settle(view)
-
-    def _settle(self, view: View) -> None:
-        # What a search reads is set in one step each, the view last: it takes the view once and then asks that.
-        self._defaults = _defaults(view.generation.manifest)
-        self._default_widths = default_widths(self._defaults)
-        self._view = view
 
     def __repr__(self) -> str:
         view = self._view
@@ -316,7 +304,8 @@ class Index:
             elif newest.version == view.pinned.version:
                 return False
             columns = None if self._columns is None else self._columns.at(newest)
-            self._settle(open_view(newest, generation, self._limits, columns=columns, before=view))
+            # In one step: a search takes the view once, and all it needs from that.
+            self._view = open_view(newest, generation, self._limits, columns=columns, before=view)
             self._columns = columns
             _log.debug(
                 "index %r: now at version %d, generation %s", self.name, newest.version, generation.manifest.generation
@@ -592,15 +581,15 @@ class Index:
             ram_bytes=view.ram_bytes,
             list_imbalance=_imbalance(sum(sizes[1:], sizes[0])) if sizes else None,
             recall=_default_recall(manifest),
-            defaults=self._defaults,
+            defaults=view.defaults,
         )
 
     def _widths(self, view: View, nprobe: int | None, ef: int | None, k_factor: int | None) -> Widths:
         if nprobe is None and ef is None and k_factor is None:
-            return self._default_widths
+            return view.default_widths
         asked = SearchOptions(nprobe=nprobe, ef=ef, k_factor=k_factor)
         _refuse_meaningless(view, asked)
-        default = self._default_widths
+        default = view.default_widths
         return Widths(
             asked.nprobe or default.nprobe,
             asked.ef or default.ef,
@@ -703,18 +692,6 @@ def _is_projection_error(cause: BaseException | None, columns: list[str] | dict[
         return False
     # Lance raises one class for all of it; only its words tell a division by zero from a missing file.
     return "Invalid user input" in str(cause) or (isinstance(columns, dict) and "LanceError(Arrow)" in str(cause))
-
-
-def _defaults(manifest: Manifest) -> SearchOptions:
-    if manifest.recall is not None:
-        return manifest.recall.defaults
-    lists = manifest.spec.num_partitions
-    hnsw = "HNSW" in manifest.spec.factory and not lists
-    return SearchOptions(
-        nprobe=min(_FALLBACK_NPROBE, lists) if lists else None,
-        ef=_FALLBACK_EF if hnsw else None,
-        k_factor=_FALLBACK_K_FACTOR if manifest.spec.refine is not None else None,
-    )
 
 
 def _default_recall(manifest: Manifest) -> float | None:

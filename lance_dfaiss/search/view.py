@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..engine import Mask, Segment, flat_segment, prepare
 from ..errors import InvalidArgument
 from ..lance_io import PinnedDataset
+from ..manifest import Manifest
 from ..merge import merge_topk, order_ties
 from ..spec import SearchOptions
 from ..types import MISSING_ROW_ID, Float32Array, Int64Array, Metric, UInt64Array
@@ -24,7 +25,12 @@ from .resolve import Resolution
 from .tail import Tail, TailLimits
 from .trace import Stage, Trace
 
-__all__ = ["FilterSource", "Selection", "View", "Widths", "default_widths"]
+__all__ = ["FilterSource", "Selection", "View", "Widths"]
+
+# Without a measurement (too few rows): wide enough for small data, cheap enough for any.
+_FALLBACK_NPROBE = 32
+_FALLBACK_EF = 64
+_FALLBACK_K_FACTOR = 8
 
 # Matches that are searched one by one, by the bytes of their vectors: about a tenth of a millisecond a query.
 _EXACT_BYTES = 8 * 1024 * 1024
@@ -140,6 +146,9 @@ class View:
             before=None if before is None or before.metric != self.metric else before.tail,
         )
         self.family = loaded[0].segment.capability.family
+        self.defaults: SearchOptions = _defaults(generation.manifest)
+        """Widths of a search that names none."""
+        self.default_widths: Widths = _default_widths(self.defaults)
         self._columns = columns
         self._filters = FilterCache()
         self._indexed = self._indexed_parts()
@@ -264,6 +273,9 @@ class View:
         raw_radius += spare if self.metric == "l2" else -spare
         lists = nprobe or max(self.generation.manifest.spec.num_partitions, 1)
         found: list[tuple[Float32Array, UInt64Array]] = []
+        if not self.loaded[0].segment.can_range:
+            # It says what it needs, also where nothing is left to look at.
+            self.loaded[0].segment.range_search(query, raw_radius, nprobe=lists)
         for part in selection.parts:
             with _stage(trace, "scan") as facts:
                 _, raw, positions = part.segment.range_search(query, raw_radius, nprobe=lists, mask=part.mask)
@@ -495,6 +507,18 @@ def _stage(trace: Trace | None, name: str) -> Any:
     return _NoStage() if trace is None else trace.stage(name)
 
 
-def default_widths(defaults: SearchOptions) -> Widths:
+def _defaults(manifest: Manifest) -> SearchOptions:
+    if manifest.recall is not None:
+        return manifest.recall.defaults
+    lists = manifest.spec.num_partitions
+    hnsw = "HNSW" in manifest.spec.factory and not lists
+    return SearchOptions(
+        nprobe=min(_FALLBACK_NPROBE, lists) if lists else None,
+        ef=_FALLBACK_EF if hnsw else None,
+        k_factor=_FALLBACK_K_FACTOR if manifest.spec.refine is not None else None,
+    )
+
+
+def _default_widths(defaults: SearchOptions) -> Widths:
     """Return the widths of a search that names none."""
     return Widths(defaults.nprobe or 1, defaults.ef or 1, defaults.k_factor or 1, fixed=False)

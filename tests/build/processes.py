@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -241,6 +242,10 @@ def _arrive(meeting: str) -> None:
         go.read(1)
 
 
+# Seconds after which a process that was to arrive is taken for dead.
+_LONGEST_WAIT = 60
+
+
 class Meeting:
     """A place where two processes wait for each other: named pipes, so that nobody polls."""
 
@@ -251,8 +256,10 @@ class Meeting:
             os.mkfifo(f"{path}.go")
 
     def wait(self, name: str) -> None:
-        """Wait until a process has arrived."""
-        with open(f"{self.paths[name]}.here", "rb") as here:
+        """Wait until a process has arrived; one that died on its way never does."""
+        # Opened for both, so that opening does not wait for the other side.
+        with open(f"{self.paths[name]}.here", "r+b", buffering=0) as here:
+            assert select.select([here], [], [], _LONGEST_WAIT)[0], f"{name} did not arrive"
             assert here.read(1) == b"1"
 
     def release(self, name: str) -> None:

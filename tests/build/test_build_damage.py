@@ -320,7 +320,7 @@ def test_unknown_name_lists_those_there_are(path: Path) -> None:
     error = refused_name(path, "nothing")
     assert (error.name, error.available) == ("nothing", ("idx", "other"))
     assert "'idx', 'other'" in str(error)
-    with pytest.raises(IndexNotFound, match=r"was not said.*'idx', 'other'"):
+    with pytest.raises(IndexNotFound, match=r"has 2 indexes.*'idx', 'other'"):
         open_index(str(path))
 
 

@@ -28,7 +28,7 @@ def dataset(tmp_path: Path, request: pytest.FixtureRequest) -> lance.LanceDatase
 
 def _append(dataset: lance.LanceDataset) -> None:
     lance.write_dataset(dataset.to_table(limit=60), dataset.uri, mode="append")
-    dataset.checkout_latest()
+    dataset.checkout_latest()  # type: ignore[no-untyped-call]
 
 
 def _overtaken(
@@ -39,7 +39,7 @@ def _overtaken(
 
 
 def _assert_true(dataset: lance.LanceDataset) -> None:
-    dataset.checkout_latest()
+    dataset.checkout_latest()  # type: ignore[no-untyped-call]
     assert_exact(Exact(dataset, "l2"), _QUERIES, *open_index(dataset).knn(_QUERIES, 10))
 
 
@@ -88,7 +88,7 @@ def test_what_does_not_go_together_is_a_conflict(
 ) -> None:
     with pytest.raises(CommitConflict):
         _overtaken(dataset, between)
-    dataset.checkout_latest()
+    dataset.checkout_latest()  # type: ignore[no-untyped-call]
     before = lance_dfaiss.list_indices(dataset)
     if before:
         assert describe_index(dataset).tail_rows == 0

@@ -112,7 +112,7 @@ BROKEN: list[tuple[str, str, Any, str, str]] = [
     ("shard", "cover.updated", [[0, 3, 10]], "$.cover.updated", "an object"),
     ("shard", "cover.remap.fragments", {}, "$.cover.remap.fragments", "a list"),
     ("shard", "cover.remap.fragments", [{"fragment_id": 7}], "$.cover.remap.fragments[0]", "physical_rows"),
-    ("followed", "cover.remap.fragments.1.fragment_id", 7, "$.cover.remap.fragments", "fragment 7"),
+    ("followed", "cover.remap.fragments.1.fragment_id", 7, "$.cover.remap.fragments[1]", "fragment 7"),
     ("followed", "cover.remap.fragments.0.physical_rows", 997, "$.cover.remap.runs", "end by 997"),
     ("followed", "cover.remap.fragments.0.physical_rows", -1, "$.cover.remap.fragments[0].physical_rows", "whole"),
     (

@@ -31,7 +31,7 @@ INDEXES: dict[str, dict[str, Any]] = {
 HUGE = [2**31 - 1, 2**31, 2**60, 2**63, 10**30]
 
 
-def _widest(name: str) -> dict[str, int]:
+def _widest(name: str) -> dict[str, Any]:
     return {"nprobe": 4} if "IVF" in name else {"ef": ROWS} if "HNSW" in name else {}
 
 

@@ -129,7 +129,7 @@ def test_the_number_of_shards_changes_nothing(tmp_path: Path, name: str, metric:
     plain = make_dataset(tmp_path / "d", clustered(700, DIM, 6), rows_per_fragment=90)
     plain.delete("id % 10 = 3")
     queries = clustered(30, DIM, 7)
-    widths = [{}] if name in ("FLAT", "SQ8") else [{"nprobe": 1}, {"nprobe": 3}, {"nprobe": 8}]
+    widths: list[dict[str, Any]] = [{}] if name in ("FLAT", "SQ8") else [{"nprobe": 1}, {"nprobe": 3}, {"nprobe": 8}]
     expected: list[list[tuple[np.ndarray, np.ndarray]]] = []
     for num_shards in (1, 2, 7):
         index = _opened(plain, num_shards, metric, _INDEXES[name])
@@ -151,7 +151,7 @@ def test_the_number_of_shards_hardly_changes_recall(tmp_path: Path, name: str, m
     recalls = []
     for num_shards in (1, 2, 7):
         index = _opened(plain, num_shards, metric, _APPROXIMATE[name])
-        widths = {"ef": 128} if "HNSW" in name else {"nprobe": 8, "k_factor": 16}
+        widths: dict[str, Any] = {"ef": 128} if "HNSW" in name else {"nprobe": 8, "k_factor": 16}
         recalls.append(truth.recall(queries, index.knn(queries, 10, **widths)[1]))
     assert min(recalls) > (0.7 if "RQ" in name else 0.9), recalls
     # More shards of a graph look at more candidates: they may find more, not less.
@@ -182,7 +182,7 @@ def test_k_beyond_the_rows_is_padded(tmp_path: Path, name: str) -> None:
     rows = 300
     plain = make_dataset(tmp_path / "d", clustered(rows, DIM, 12), rows_per_fragment=100)
     index = _opened(plain, 2, "l2", EVERY_INDEX[name])
-    widths = {"nprobe": 8} if "IVF" in name or "PCA" in name else {}
+    widths: dict[str, Any] = {"nprobe": 8} if "IVF" in name or "PCA" in name else {}
     for count in (1, 25):
         queries = clustered(count, DIM, 13)
         distances, row_ids = index.knn(queries, rows + 20, **widths)
@@ -212,7 +212,7 @@ def test_unusable_rows_are_never_found(tmp_path: Path, name: str, metric: Metric
     assert skipped.deleted == 5
     assert skipped.deleted + skipped.null + skipped.non_finite + skipped.zero == 420 - len(truth)
     assert (skipped.zero > 0) == (metric == "cosine")
-    widths = {"nprobe": 8} if "IVF" in name or "PCA" in name else {"ef": 420} if "HNSW" in name else {}
+    widths: dict[str, Any] = {"nprobe": 8} if "IVF" in name or "PCA" in name else {"ef": 420} if "HNSW" in name else {}
     queries = np.concatenate([clustered(20, DIM, 15), np.full((2, DIM), 1e-3, np.float32)])
     for count in (1, 22):
         distances, row_ids = index.knn(queries[:count], 410, **widths)
@@ -234,7 +234,7 @@ def test_row_ids_after_updates_before_the_build(tmp_path: Path, stable: bool) ->
     for asked in (_INDEXES["FLAT"], {**_INDEXES["IVF_FLAT"], "num_partitions": 4}):
         index = _opened(plain, 2, "l2", asked)
         truth, queries = Exact(plain, "l2"), clustered(10, DIM, 18)
-        widths = {"nprobe": 4} if "num_partitions" in asked else {}
+        widths: dict[str, Any] = {"nprobe": 4} if "num_partitions" in asked else {}
         assert_exact(truth, queries, *index.knn(queries, 15, **widths), scale=500)
         for row in index.search(queries[0], 15, columns=["id", "vec"], **widths).to_pylist():
             np.testing.assert_array_equal(np.float32(row["vec"]), truth.vector(row["_rowid"]))

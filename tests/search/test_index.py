@@ -33,7 +33,7 @@ def _alter(dataset: lance.LanceDataset, change: Any) -> None:
     dataset.alter_columns(change)  # the stubs take the dictionary for its keys
 
 
-def _widths(name: str) -> dict[str, int]:
+def _widths(name: str) -> dict[str, Any]:
     return {"nprobe": 8} if "IVF" in name else {"ef": ROWS} if "HNSW" in name else {}
 
 
@@ -251,7 +251,7 @@ def test_the_callers_query_is_not_touched(tmp_path: Path, metric: Metric) -> Non
 @pytest.mark.parametrize("name", INDEXES)
 def test_many_threads_get_the_answers_of_one(opened: dict[str, lance_dfaiss.Index], name: str) -> None:
     index, queries = opened[name], clustered(24, DIM, 2)
-    widths = _widths(name)
+    widths: dict[str, Any] = _widths(name)
 
     def ask(number: int) -> Any:
         k = 1 + number % 7

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lance_dfaiss
-from lance_dfaiss.lance_io import DatasetHistory, PinnedDataset
+from lance_dfaiss.lance_io import DatasetHistory, PinnedDataset, VectorColumn
 from lance_dfaiss.manifest import FragmentSignature
 from lance_dfaiss.plan import FragmentState, RewriteGroup
 from lance_dfaiss.search.lineage import apply_rewrites, find_rewrites
@@ -236,7 +236,12 @@ def test_ten_thousand_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     dataset.delete("id = 5")
     opened: list[DatasetHistory] = []
     make = PinnedDataset.history
-    monkeypatch.setattr(PinnedDataset, "history", lambda *given: opened.append(make(*given)) or opened[0])
+
+    def noted(pinned: PinnedDataset, column: VectorColumn) -> DatasetHistory:
+        opened.append(make(pinned, column))
+        return opened[-1]
+
+    monkeypatch.setattr(PinnedDataset, "history", noted)
 
     start = time.perf_counter()
     index = lance_dfaiss.open_index(dataset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,6 @@ def _changed(path: Path, metric: Metric, asked: dict[str, Any]) -> lance.LanceDa
     dataset = _appended(dataset, range(1000, 1030))
     dataset.delete("id IN (300, 301, 1003)")
     return dataset
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Index]:
-    return {
-        name: lance_dfaiss.open_index(_changed(tmp_path_factory.mktemp("d"), "l2", EVERY_INDEX[name]))
-        for name in EVERY_INDEX
-    }
 
 
 def _inside(table: pa.Table, radius: float) -> dict[int, float]:
@@ -82,19 +75,20 @@ def test_everything_inside_is_found(tmp_path: Path, name: str, metric: Metric) -
 
 
 @pytest.mark.parametrize("name", EVERY_INDEX)
-def test_a_search_with_all_rows_and_a_radius_agree(opened: dict[str, Index], name: str) -> None:
-    index, query = opened[name], clustered(1, DIM, 2)[0]
+def test_a_search_with_all_rows_and_a_radius_agree(changed: Callable[[str], Index], name: str) -> None:
+    index, query = changed(name), clustered(1, DIM, 2)[0]
     if not index.view.loaded[0].segment.can_range:
         assert name == "IVF_RQ"
         with pytest.raises(InvalidArgument, match="refine") as caught:
             index.range_search(query, 10.0)
         assert caught.value.remedy
-        # The message names the index as it is, also where few rows match.
-        with pytest.raises(InvalidArgument):
-            index.range_search(query, 10.0, fast_search=True)
+        # Whatever there is to look at.
+        for sql in ("id < 5", "id < 0", "id = 1004"):
+            with pytest.raises(InvalidArgument, match="refine"):
+                index.range_search(query, 10.0, filter=sql)
         return
-    widths = {"nprobe": 8} if "IVF" in name or "PCA" in name else {"ef": ROWS} if "HNSW" in name else {}
-    refined = {"k_factor": ROWS} if index.view.loaded[0].segment.has_refine else {}
+    widths: dict[str, Any] = {"nprobe": 8} if "IVF" in name or "PCA" in name else {"ef": ROWS} if "HNSW" in name else {}
+    refined: dict[str, Any] = {"k_factor": ROWS} if index.view.loaded[0].segment.has_refine else {}
     distances, row_ids = index.knn(query, len(index), **widths, **refined)
     for at in (0, 1, 20, len(index) - 1):
         radius = float(distances[0, at])
@@ -109,22 +103,22 @@ def test_a_search_with_all_rows_and_a_radius_agree(opened: dict[str, Index], nam
     assert len(_inside(index.range_search(query, float("inf"), columns=[]), np.inf)) == len(index)
 
 
-def test_few_lists_find_less(opened: dict[str, Index]) -> None:
-    index, query = opened["IVF_FLAT"], clustered(1, DIM, 2)[0]
+def test_few_lists_find_less(changed: Callable[[str], Index]) -> None:
+    index, query = changed("IVF_FLAT"), clustered(1, DIM, 2)[0]
     counts = [index.range_search(query, 1e6, columns=[], nprobe=n, fast_search=True).num_rows for n in (1, 4, 8)]
     assert 0 < counts[0] < counts[1] < counts[2] == index.stats().live_rows
     for name, nprobe in (("IVF_FLAT", 9), ("IVF_FLAT", 0), ("FLAT", 1)):
         with pytest.raises(InvalidArgument) as caught:
-            opened[name].range_search(query, 3.0, nprobe=nprobe)
+            changed(name).range_search(query, 3.0, nprobe=nprobe)
         assert caught.value.parameter == "nprobe"
 
 
 @pytest.mark.parametrize(
     "radius", ["1", None, True, float("nan"), np.float32("nan"), [1.0], np.array(2.0), 1j, 0, -1, -np.inf]
 )
-def test_what_is_no_radius(opened: dict[str, Index], radius: Any) -> None:
+def test_what_is_no_radius(changed: Callable[[str], Index], radius: Any) -> None:
     with pytest.raises(InvalidArgument, match="radius must be") as caught:
-        opened["FLAT"].range_search(clustered(1, DIM, 2)[0], radius)
+        changed("FLAT").range_search(clustered(1, DIM, 2)[0], radius)
     assert caught.value.parameter == "radius"
 
 
@@ -136,10 +130,10 @@ def test_what_is_no_radius(opened: dict[str, Index], radius: Any) -> None:
     ],
     ids=lambda value: repr(value)[:20],
 )
-def test_numbers_of_every_kind_and_size(opened: dict[str, Index], radius: Any, share: int) -> None:
+def test_numbers_of_every_kind_and_size(changed: Callable[[str], Index], radius: Any, share: int) -> None:
     for name in ("FLAT", "IVF_SQ", "HNSW_SQ"):
-        table = opened[name].range_search(np.full(DIM, 50), radius, columns=[])
-        assert table.num_rows == share * len(opened[name])
+        table = changed(name).range_search(np.full(DIM, 50), radius, columns=[])
+        assert table.num_rows == share * len(changed(name))
 
 
 def test_any_number_under_dot(tmp_path: Path) -> None:
@@ -161,8 +155,8 @@ def test_the_border_itself_is_outside(tmp_path: Path) -> None:
         assert index.range_search(query, radius, columns=[]).num_rows == rows, radius
 
 
-def test_one_query_at_a_time(opened: dict[str, Index]) -> None:
-    index, queries = opened["FLAT"], clustered(2, DIM, 2)
+def test_one_query_at_a_time(changed: Callable[[str], Index]) -> None:
+    index, queries = changed("FLAT"), clustered(2, DIM, 2)
     with pytest.raises(InvalidArgument, match="one query") as caught:
         index.range_search(queries, 3.0)
     assert caught.value.parameter == "query"
@@ -170,13 +164,13 @@ def test_one_query_at_a_time(opened: dict[str, Index]) -> None:
         index.range_search(np.ones(DIM + 1), 3.0)
     one, same = index.range_search(queries[0], 900.0), index.range_search(queries[:1], 900.0)
     assert one.equals(same)
-    assert one.column_names == ["id", "vec", "_distance", "_rowid"]
+    assert one.column_names == ["id", "vec", "number", "_distance", "_rowid"]
     empty = index.range_search(queries[0], 1e-9, columns=["id"])
     assert (empty.num_rows, empty.column_names) == (0, ["id", "_distance", "_rowid"])
 
 
-def test_with_vectors(opened: dict[str, Index], tmp_path: Path) -> None:
-    index, query = opened["IVF_SQ"], clustered(1, DIM, 2)[0]
+def test_with_vectors(changed: Callable[[str], Index], tmp_path: Path) -> None:
+    index, query = changed("IVF_SQ"), clustered(1, DIM, 2)[0]
     truth = Exact(index.view.pinned.lance, "l2")
     given: list[Any] = [[], ["id"], ["vec"], None, {"twice": "id * 2"}, {"vec": "vec"}, {"vec": "`vec`"}]
     for columns in given:
@@ -185,8 +179,8 @@ def test_with_vectors(opened: dict[str, Index], tmp_path: Path) -> None:
             index.range_search(query, 1e6, columns=columns, with_vectors=True),
         ]
         for table in tables:
-            names = ["id"] if columns is None else [name for name in columns if name != "vec"]
-            assert table.column_names == [*names, "vec", "_distance", "_rowid"]
+            names = ["id", "number"] if columns is None else [name for name in columns if name != "vec"]
+            assert {*table.column_names[:-2]} == {*names, "vec"}
             for row in table.to_pylist():
                 np.testing.assert_array_equal(row["vec"], truth.vector(row["_rowid"]))
     with pytest.raises(InvalidArgument, match="'vec'") as caught:
@@ -200,8 +194,8 @@ def test_with_vectors(opened: dict[str, Index], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY_INDEX)
-def test_explain_tells_what_is_true(opened: dict[str, Index], name: str) -> None:
-    index, queries = opened[name], clustered(3, DIM, 2)
+def test_explain_tells_what_is_true(changed: Callable[[str], Index], name: str) -> None:
+    index, queries = changed(name), clustered(3, DIM, 2)
     dataset, stats = index.view.pinned.lance, index.stats()
     told = index.explain(queries, 7)
     assert (told.queries, told.k, told.results, told.version) == (3, 7, 21, dataset.version)

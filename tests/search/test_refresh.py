@@ -129,7 +129,8 @@ def test_another_generation_altogether(tmp_path: Path) -> None:
 def test_a_column_that_was_renamed_or_cast(tmp_path: Path, stable: bool) -> None:
     dataset = _built(tmp_path, stable=stable)
     index = lance_dfaiss.open_index(dataset)
-    changes: Any = [{"path": "vec", "name": "emb"}, {"path": "emb", "data_type": pa.list_(pa.float16(), DIM)}]
+    half = pa.list_(pa.float16(), DIM)
+    changes: Any = [{"path": "vec", "name": "emb"}, {"path": "emb", "name": "vec", "data_type": half}]
     dataset.alter_columns(changes[0])
     assert index.refresh()
     truth, queries = Exact(dataset, "l2", "emb"), clustered(4, DIM, 2)
@@ -138,7 +139,7 @@ def test_a_column_that_was_renamed_or_cast(tmp_path: Path, stable: bool) -> None
     assert index.search(queries[0], 3, columns=["id"], with_vectors=True).column_names == [
         "id", "emb", "_distance", "_rowid",
     ]  # fmt: skip
-    dataset.alter_columns({**changes[1], "name": "vec"})
+    dataset.alter_columns(changes[1])
     assert index.refresh()
     truth = Exact(dataset, "l2")
     assert index.stats().tail_rows == ROWS
