@@ -225,16 +225,25 @@ def sync_index(
         allowed_index_uris=allowed_index_uris,
         storage_options=storage_options,
     )
-    rows = current.resolution.unsaved_rows
-    if not rows:
-        move_to_latest(current.handle)
-        return SyncReport(changed=False, generation=current.manifest.generation, mapped_rows=0)
-    with new_generation(current) as (generation, lease):
-        records = current.mapped_records(generation)
-        # What the tail is does not change: only the version at which the places were true.
-        current.commit(current.derive(generation, records, 0.0), records, lease)
+    for attempt in range(_COMMIT_ATTEMPTS):
+        rows = current.resolution.unsaved_rows
+        if not rows:
+            break
+        try:
+            with new_generation(current) as (generation, lease):
+                records = current.mapped_records(generation)
+                # What the tail is does not change: only the version at which the places were true.
+                current.commit(current.derive(generation, records, 0.0), records, lease)
+        except CommitConflict:
+            if attempt + 1 == _COMMIT_ATTEMPTS:
+                raise
+            # Whoever was faster may have written the same down, or left it to us.
+            current = current.reopened()
+        else:
+            move_to_latest(current.handle)
+            return SyncReport(changed=True, generation=generation, mapped_rows=rows)
     move_to_latest(current.handle)
-    return SyncReport(changed=True, generation=generation, mapped_rows=rows)
+    return SyncReport(changed=False, generation=current.manifest.generation, mapped_rows=0)
 
 
 @contextmanager

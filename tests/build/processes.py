@@ -165,6 +165,8 @@ def keep_up(dataset: str, action: str, *, stop: str | None = None, meeting: str 
         commit = PinnedDataset.commit_pointer
 
         def meet(self: PinnedDataset, *args: Any, **kwargs: Any) -> None:
+            # Once: who lost tries again on top of the other's work.
+            PinnedDataset.commit_pointer = commit  # type: ignore[method-assign]
             _arrive(meeting)
             commit(self, *args, **kwargs)
 
