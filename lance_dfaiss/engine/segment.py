@@ -37,6 +37,10 @@ _NORM_ROWS = 65_536
 # Below 2**21 the product ends up as the same whole number.
 _ROUNDED_UP = 1 + 2**-22
 
+# One query over a table of up to this many values is faster on one thread: waking others takes longer than the
+# scan, and where the machine is busy much longer (10,000 x 128: 70 us against 180; 100,000 x 128: 1.6 ms, 2.3).
+_ALONE_VALUES = 16 * 1024 * 1024
+
 # Kinds of search parameters kept ready per segment, and per mask; a server sees a handful.
 _PARAMETER_CACHE = 64
 
@@ -103,6 +107,7 @@ class Segment:
         self._larger_is_closer = base.metric_type == faiss.METRIC_INNER_PRODUCT
         self._rescored = isinstance(base, faiss.IndexFlat) and not self._larger_is_closer
         self._kind = f"{type(base).__name__} {type(refine).__name__}"
+        self._alone = isinstance(base, faiss.IndexFlat) and positions * int(base.d) <= _ALONE_VALUES
         self._parameters: dict[tuple[str, int, int, int], Any] = {}
         self._decoder = Decoder(base, refine, self.capability, positions)
         self._ranges = RangeSearcher(base, refine, self.capability, self._decoder)
@@ -171,9 +176,22 @@ class Segment:
         # Straight to the C++ method: FAISS's own wrapper checks again what is known here.
         distances = np.empty((len(queries), k), dtype=np.float32)
         positions = np.empty((len(queries), k), dtype=np.int64)
+        if len(queries) > 1 or not self._alone:
+            self._search_into(queries, k, distances, positions, params)
+            return distances, positions
+        threads = faiss.omp_get_max_threads()  # of the calling thread only
+        faiss.omp_set_num_threads(1)
+        try:
+            self._search_into(queries, k, distances, positions, params)
+        finally:
+            faiss.omp_set_num_threads(threads)
+        return distances, positions
+
+    def _search_into(
+        self, queries: Float32Array, k: int, distances: Float32Array, positions: Int64Array, params: Any
+    ) -> None:
         pointer = faiss.swig_ptr
         self._searched.search_c(len(queries), pointer(queries), k, pointer(distances), pointer(positions), params)
-        return distances, positions
 
     def candidates(
         self, queries: Float32Array, count: int, widths: Sequence[int], mask: Mask | None = None

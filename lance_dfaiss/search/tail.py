@@ -70,12 +70,35 @@ class TailRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Read:
-    """What was read of one fragment: usable rows, and all that were asked for."""
+    """What was read of one fragment: usable rows, and all that were asked for.
+
+    Vectors are held once, in the segment that they became part of, at ``places``; before that in ``fresh``.
+    """
 
     asked: Int64Array
     offsets: Int64Array
     row_ids: UInt64Array
-    vectors: Float32Array
+    fresh: Float32Array | None = None
+    segment: Segment | None = None
+    places: Int64Array | None = None
+
+    @property
+    def vectors(self) -> Float32Array:
+        """Vectors of the usable rows, float32 ``(n, dim)``."""
+        if self.fresh is not None:
+            return self.fresh
+        assert self.segment is not None
+        assert self.places is not None
+        return self.segment.reconstruct(self.places)
+
+    def only(self, wanted: Int64Array) -> _Read:
+        """Return what was read without the rows that are not wanted."""
+        kept = np.isin(self.offsets, wanted)
+        return _Read(wanted, self.offsets[kept], self.row_ids[kept], self.vectors[kept])
+
+    def settled(self, segment: Segment, places: Int64Array) -> _Read:
+        """Return what was read, with its vectors in a segment."""
+        return _Read(self.asked, self.offsets, self.row_ids, None, segment, places)
 
 
 class Tail:
@@ -164,21 +187,25 @@ class Tail:
 
     def _load(self, model: Model) -> TailRows:
         read = {(f.fragment_id, f.state.signature): self._of_fragment(f) for f in self._fragments}
-        self._read = read
-        parts = list(read.items())
-        offsets = [part.offsets for _, part in parts]
-        fragment_ids = [np.full(len(part.offsets), key[0], dtype=np.int64) for key, part in parts]
-        if not sum(map(len, offsets)):
+        counts = [len(part.offsets) for part in read.values()]
+        if not sum(counts):
+            self._read = {}
             empty = np.empty(0, dtype=np.uint64)
             return TailRows(None, empty, empty)
-        vectors = np.concatenate([part.vectors for _, part in parts])
-        row_ids = np.concatenate([part.row_ids for _, part in parts])
-        addresses = row_addresses(np.concatenate(fragment_ids), np.concatenate(offsets))
+        row_ids = np.concatenate([part.row_ids for part in read.values()])
+        offsets = np.concatenate([part.offsets for part in read.values()])
+        fragment_ids = np.repeat(np.array([fragment_id for fragment_id, _ in read], dtype=np.int64), counts)
         # Ties go by row id, and FAISS keeps the first of them when it cuts at k: rows stand in that order.
         order = np.argsort(row_ids, kind="stable")
-        if (order[1:] < order[:-1]).any():
-            vectors, row_ids, addresses = vectors[order], row_ids[order], addresses[order]
-        return TailRows(flat_segment(model, vectors), row_ids, addresses)
+        vectors = np.concatenate([part.vectors for part in read.values()])
+        segment = flat_segment(model, vectors if (order[1:] > order[:-1]).all() else vectors[order])
+        places = np.argsort(order, kind="stable")
+        ends = np.cumsum(counts)
+        self._read = {
+            key: part.settled(segment, places[end - count : end])
+            for (key, part), count, end in zip(read.items(), counts, ends.tolist(), strict=True)
+        }
+        return TailRows(segment, row_ids[order], row_addresses(fragment_ids, offsets)[order])
 
     def _of_fragment(self, fragment: TailFragment) -> _Read:
         held = self._read.get((fragment.fragment_id, fragment.state.signature))
@@ -186,10 +213,7 @@ class Tail:
         if wanted is None and (held is not None or fragment.state.deleted_rows):
             wanted = self._pinned.live_offsets(fragment.fragment_id)
         if held is not None and wanted is not None and np.isin(wanted, held.asked).all():
-            if len(wanted) == len(held.asked):
-                return held
-            kept = np.isin(held.offsets, wanted)
-            return _Read(wanted, held.offsets[kept], held.row_ids[kept], held.vectors[kept])
+            return held if len(wanted) == len(held.asked) else held.only(wanted)
         return self._from_dataset(fragment, wanted)
 
     def _from_dataset(self, fragment: TailFragment, wanted: Int64Array | None) -> _Read:
