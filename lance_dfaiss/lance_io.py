@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,6 +72,9 @@ _MIN_SAMPLE_ROWS, _MAX_SAMPLE_ROWS = 64, 512
 # Rows asked for in one take while sampling.
 _TAKE_ROWS = 16_384
 
+# Fragments whose live rows are asked for in one scan: each scan of its own costs about a quarter of a millisecond.
+_SCANNED_FRAGMENTS = 1_000
+
 # Times a commit is tried when others commit something else at the same time.
 _COMMIT_ATTEMPTS = 5
 
@@ -91,7 +95,7 @@ _LANCE_SOURCE = re.compile(r"(?:, /\S+\.rs:\d+:\d+)+$")
 _HELD_ROWS = 1 << 24
 
 # Names that mean another thing in a copy of the columns.
-_SYSTEM_COLUMN = re.compile(r"\b_row")
+_SYSTEM_COLUMN = re.compile(r"\b_row", re.IGNORECASE)
 
 # How Lance's messages begin where it could not read; it raises one class for that and for a filter that is wrong.
 _UNREADABLE = re.compile(r"(?:External error: )*(?:Not found:|LanceError\(IO\)|Encountered corrupt file|Object at)")
@@ -301,14 +305,33 @@ class PinnedDataset:
 
     def live_offsets(self, fragment_id: int) -> Int64Array:
         """Return the physical offsets of a fragment's live rows, int64 ``(live,)``, increasing."""
+        return self.live_offsets_of([fragment_id])[fragment_id]
+
+    def live_offsets_of(self, fragment_ids: Sequence[int]) -> dict[int, Int64Array]:
+        """Return the live offsets of some fragments by id, read together; see `live_offsets`."""
+        found = {fragment_id: np.zeros(0, dtype=np.int64) for fragment_id in fragment_ids}
         with _lance_errors(self.uri):
-            scanner = self._dataset.scanner(
-                columns=[], with_row_address=True, fragments=[self._fragment(fragment_id)], scan_in_order=True
-            )
-            addresses = scanner.to_table()[_ADDRESS_COLUMN].to_numpy()
-        offsets = (addresses & _OFFSET_MASK).astype(np.int64)
-        # In order, normally; looking is a tenth of sorting.
-        return np.sort(offsets) if (offsets[1:] < offsets[:-1]).any() else offsets
+            for start in range(0, len(fragment_ids), _SCANNED_FRAGMENTS):
+                fragments = [self._fragment(i) for i in fragment_ids[start : start + _SCANNED_FRAGMENTS]]
+                scanner = self._dataset.scanner(
+                    columns=[], with_row_address=True, fragments=fragments, scan_in_order=True
+                )
+                addresses = scanner.to_table()[_ADDRESS_COLUMN].to_numpy()
+                # In order, normally; looking is a tenth of sorting.
+                if (addresses[1:] < addresses[:-1]).any():
+                    addresses = np.sort(addresses)
+                places = (addresses >> np.uint64(32)).astype(np.int64)
+                starts = np.append(np.zeros(1, np.int64), np.flatnonzero(np.diff(places)) + 1)
+                offsets = (addresses & _OFFSET_MASK).astype(np.int64)
+                for first, part in zip(starts.tolist(), np.split(offsets, starts[1:]), strict=True):
+                    if len(part):
+                        found[int(places[first])] = part
+        return found
+
+    @property
+    def committed_at(self) -> datetime:
+        """When this version was committed; numbers alone repeat on a branch that is made again."""
+        return cast("datetime", cast("Any", self._dataset).get_version()["timestamp"])
 
     def find_column(self, name: str, field_id: int) -> VectorColumn:
         """Look up the column that an index was built over, also after it was renamed or cast.
@@ -742,13 +765,18 @@ class DatasetHistory:
         self._pinned = pinned
         self._column = column
         self._versions: dict[int, PinnedDataset | None] = {pinned.version: pinned}
+        self._fragment_ids: dict[int, frozenset[int]] = {}
         self.reads = 0
         """Versions opened so far."""
 
     def fragment_ids(self, version: int) -> frozenset[int] | None:
         """Return the fragments of a version; None if it was removed."""
         pinned = self._at(version)
-        return None if pinned is None else frozenset(f.fragment_id for f in pinned.lance.get_fragments())
+        if pinned is None:
+            return None
+        if version not in self._fragment_ids:
+            self._fragment_ids[version] = frozenset(f.fragment_id for f in pinned.lance.get_fragments())
+        return self._fragment_ids[version]
 
     def rewritten(self, version: int) -> list[RewriteGroup] | None:
         """Return what the compaction that made a version did.
@@ -817,6 +845,8 @@ class ColumnsInMemory:
         self._state = _state_of(pinned)
         self._held: LanceDataset | None = None
         self._addresses: UInt64Array = np.zeros(0, dtype=np.uint64)
+        self.ram_bytes = 0
+        """Bytes of the columns and of the rows' addresses."""
         # Lance looks a name up without regard to case where none is spelled that way: hold all it could mean.
         spelled = {name.lower() for name in wanted}
         columns = [name for name in pinned.lance.schema.names if name.lower() in spelled]
@@ -832,6 +862,7 @@ class ColumnsInMemory:
         fragments = [(f.fragment_id, f.metadata.physical_rows) for f in pinned.lance.get_fragments()]
         ranges = [np.arange(i << 32, (i << 32) + rows, dtype=np.uint64) for i, rows in fragments]
         self._addresses = np.concatenate([self._addresses, *ranges])
+        self.ram_bytes = int(kept.nbytes + self._addresses.nbytes)
 
     def at(self, pinned: PinnedDataset) -> ColumnsInMemory:
         """Return the columns at another version, as far as it has them; themselves, if nothing was written there."""
@@ -989,8 +1020,8 @@ def _signature(meta: Any, lineage: Sequence[int]) -> FragmentSignature:
     files: list[tuple[str, int]] = []
     for field_id in lineage:
         for data_file in meta.files:
-            # Files of the legacy format do not say which column holds a field; documents allow no negative one.
-            indices = data_file.column_indices or [0] * len(data_file.fields)
+            # Files of the legacy format do not say which column holds a field: the field itself tells them apart.
+            indices = data_file.column_indices or data_file.fields
             for field, index in zip(data_file.fields, indices, strict=True):
                 if field == field_id:
                     files.append((str(data_file.path), int(index)))

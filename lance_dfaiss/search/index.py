@@ -221,8 +221,7 @@ def open_view(
             generation.manifest.name,
             resolution.unsaved_rows,
         )
-    source = None if columns is None else columns.matching
-    return View(pinned, generation, resolution, loaded, limits, columns=source, before=before)
+    return View(pinned, generation, resolution, loaded, limits, columns=columns, before=before)
 
 
 class Index:
@@ -301,7 +300,7 @@ class Index:
             generation = view.generation
             if found.text != generation.found.text:
                 generation = read_generation(newest, found, self._allowed)
-            elif newest.version == view.pinned.version:
+            elif (newest.version, newest.committed_at) == (view.pinned.version, view.pinned.committed_at):
                 return False
             columns = None if self._columns is None else self._columns.at(newest)
             # In one step: a search takes the view once, and all it needs from that.
@@ -553,6 +552,8 @@ class Index:
         ------
         InvalidArgument
             If these are no row ids, a row was deleted or skipped, or this index cannot decode.
+        TailTooLarge
+            If a row is not in the index, and more rows are not than it was opened to read.
         """
         return self._view.vectors(checked_row_ids(row_ids))
 

@@ -7,6 +7,7 @@ a fragment away is found by bisection between two versions, so 10,000 versions c
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -86,14 +87,18 @@ def find_rewrites(
         waiting = {fragment_id: entry for fragment_id, entry in waiting.items() if fragment_id in known}
     found: list[Rewrite] = []
     unknown: set[int] = set()
-    while waiting:
-        # The earliest first, so that a compaction of several waiting fragments is met once.
-        fragment_id = min(waiting, key=lambda i: (waiting[i][0], i))
-        low, _ = waiting[fragment_id]
+    # The earliest first, so that a compaction of several waiting fragments is met once.
+    queue = sorted((low, fragment_id) for fragment_id, (low, _) in waiting.items())
+    while queue:
+        low, fragment_id = heapq.heappop(queue)
+        if waiting.get(fragment_id, (None, None))[0] != low:
+            continue  # settled together with another one
         version = _vanished(fragment_id, history, low, until)
         groups = None if version is None else history.rewritten(version)
-        handled = {fragment_id}
-        if groups is None or _went_unseen(fragment_id, groups, history, version or 0):
+        handled = {fragment_id} | _gone_together(waiting, history, version)
+        if groups is None:
+            unknown |= handled
+        elif _went_unseen(fragment_id, groups, history, version or 0):
             unknown.add(fragment_id)
         for group in groups or ():
             ours = {s.fragment_id for s in group.old if waiting.get(s.fragment_id, (0, None))[1] == s.signature}
@@ -109,9 +114,21 @@ def find_rewrites(
                 # One that is there with another signature was written anew in place: its rows went nowhere.
                 if state.fragment_id not in present:
                     waiting[state.fragment_id] = (version or 0, state.signature)
+                    heapq.heappush(queue, (version or 0, state.fragment_id))
         for done in handled:
             waiting.pop(done, None)
     return found, unknown
+
+
+def _gone_together(
+    waiting: Mapping[int, tuple[int, FragmentSignature]], history: History, version: int | None
+) -> set[int]:
+    """Return the waiting fragments that a version does not have while the one before it does."""
+    before = None if version is None else history.fragment_ids(version - 1)
+    after = None if version is None else history.fragment_ids(version)
+    if before is None or after is None or version is None:
+        return set()
+    return {i for i in before - after if i in waiting and waiting[i][0] < version}
 
 
 def _vanished(fragment_id: int, history: History, low: int, high: int) -> int | None:

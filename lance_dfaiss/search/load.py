@@ -31,6 +31,11 @@ __all__ = [
 ]
 
 
+# Segments of a type that merges that may come together by refreshing, and how many then stay as they are.
+_MAX_SEGMENTS = 8
+_KEPT_SEGMENTS = 4
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Generation:
     """A generation's documents, verified; its shards are still in the store.
@@ -107,9 +112,17 @@ class LoadedSegment:
 
 
 def reusable(generation: Generation, held: Sequence[LoadedSegment]) -> list[LoadedSegment]:
-    """Return the loaded segments all of whose shards belong to a generation."""
+    """Return the loaded segments to go on with: those all of whose shards belong to a generation.
+
+    Every search looks into every segment. So where updates have left many of a type that merges, only the
+    largest are kept: the shards of the others are loaded again, as one.
+    """
     names = {_shard_name(generation, record) for record in generation.records}
-    return [loaded for loaded in held if names.issuperset(loaded.shards)]
+    kept = [loaded for loaded in held if names.issuperset(loaded.shards)]
+    if len(kept) < _MAX_SEGMENTS or not kept[0].segment.capability.mergeable:
+        return kept
+    largest = sorted(kept, key=lambda loaded: loaded.segment.positions, reverse=True)[:_KEPT_SEGMENTS]
+    return [loaded for loaded in kept if loaded in largest]
 
 
 def in_order(generation: Generation, held: Sequence[LoadedSegment]) -> list[ShardRecord]:

@@ -95,6 +95,7 @@ def resolve_generation(
         followed = Places.join([followed, _by_row_id(pinned, covers, located, followed, unknown, states)])
     # Rows of two shards may have become neighbours, and one run: each cover has its own.
     followed = followed.cut(np.cumsum([cover.physical_rows for cover in covers]))
+    _check_followed(pinned, manifest, column, located, followed)
     live = _live_offsets(pinned, states, (located.direct, located.mapped, followed), before)
     snapshot = settle(covers, states, located, followed, live[0], version=pinned.version)
     remaps = new_remaps(covers, states, located, followed, version=pinned.version)
@@ -129,6 +130,26 @@ def _column(pinned: PinnedDataset, manifest: Manifest) -> VectorColumn:
             fragments=(),
         )
     return column
+
+
+def _check_followed(
+    pinned: PinnedDataset, manifest: Manifest, column: VectorColumn, located: Located, followed: Places
+) -> None:
+    """Check that a column of another name is the one that was indexed: an overwrite deals field ids anew.
+
+    Raises
+    ------
+    DatasetChanged
+        If not one indexed row is in it.
+    """
+    if column.name == manifest.dataset.column or len(located.direct) or len(located.mapped) or len(followed):
+        return
+    raise DatasetChanged(
+        f"dataset version {pinned.version} has no column {manifest.dataset.column!r}, over which the index was built;"
+        f" column {column.name!r} has its field id, but none of its rows",
+        remedy="Open the dataset at a version that has it, or index the column that took its place",
+        fragments=(),
+    )
 
 
 def _known(
@@ -214,14 +235,14 @@ def _live_offsets(
 ) -> tuple[dict[int, Int64Array], LiveOffsets]:
     by_id = {state.fragment_id: state for state in states}
     held = {} if before is None else before.live_offsets
-    live, kept = {}, {}
-    for fragment_id in fragments_to_read(states, *places):
-        # A fragment and a name of deletions can come again on another branch: the rows tell.
-        state = by_id[fragment_id]
-        key = (fragment_id, f"{state.deletions} {state.physical_rows} {state.signature.files}")
-        offsets = held.get(key)
-        live[fragment_id] = kept[key] = pinned.live_offsets(fragment_id) if offsets is None else offsets
-    return live, kept
+    # A fragment and a name of deletions can come again on another branch: the files tell.
+    keys = {
+        i: (i, f"{by_id[i].deletions} {by_id[i].physical_rows} {by_id[i].signature.files}")
+        for i in fragments_to_read(states, *places)
+    }
+    read = pinned.live_offsets_of([i for i, key in keys.items() if key not in held])
+    live = {i: read[i] if i in read else held[key] for i, key in keys.items()}
+    return live, {key: live[i] for i, key in keys.items()}
 
 
 def _unsaved(records: Sequence[ShardRecord], covers: Sequence[Cover], moved: Places, snapshot: Snapshot) -> int:

@@ -141,7 +141,10 @@ class Tail:
         self._name = name
         self._lock = threading.Lock()
         self._loaded: TailRows | None = None
-        self._read: Mapping[tuple[int, FragmentSignature], _Read] = {} if before is None else before._read
+        wanted = {(fragment.fragment_id, fragment.state.signature) for fragment in fragments}
+        # Only what is of use again: the rest would stay in RAM for as long as nobody searches this tail.
+        held = {} if before is None else before._read
+        self._read: Mapping[tuple[int, FragmentSignature], _Read] = {k: v for k, v in held.items() if k in wanted}
         self.rows = sum(fragment.rows for fragment in fragments)
 
     def load(self, model: Model) -> TailRows:
@@ -165,9 +168,12 @@ class Tail:
     def ram_bytes(self) -> int:
         """Bytes of what was read."""
         loaded = self._loaded
-        if loaded is None or loaded.segment is None:
-            return 0
-        return loaded.segment.ram_bytes + loaded.row_ids.nbytes + loaded.addresses.nbytes
+        segments = {id(part.segment): part.segment for part in self._read.values() if part.segment is not None}
+        if loaded is not None and loaded.segment is not None:
+            segments[id(loaded.segment)] = loaded.segment
+        rows = sum(part.asked.nbytes + part.offsets.nbytes + part.row_ids.nbytes for part in self._read.values())
+        ids = 0 if loaded is None else loaded.row_ids.nbytes + loaded.addresses.nbytes
+        return sum(segment.ram_bytes for segment in segments.values()) + rows + ids
 
     def _check(self) -> None:
         length_bytes = self.rows * self._column.dim * 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..engine import Mask, Segment, flat_segment, prepare
 from ..errors import InvalidArgument
-from ..lance_io import PinnedDataset
+from ..lance_io import ColumnsInMemory, PinnedDataset
 from ..manifest import Manifest
 from ..merge import merge_topk, order_ties
 from ..spec import SearchOptions
@@ -25,7 +25,7 @@ from .resolve import Resolution
 from .tail import Tail, TailLimits
 from .trace import Stage, Trace
 
-__all__ = ["FilterSource", "Selection", "View", "Widths"]
+__all__ = ["Selection", "View", "Widths"]
 
 # Without a measurement (too few rows): wide enough for small data, cheap enough for any.
 _FALLBACK_NPROBE = 32
@@ -48,9 +48,6 @@ _MORE_CANDIDATES = 2
 # Rows decoded at a time where a graph cannot reach all that match.
 _BLOCK_ROWS = 65_536
 
-FilterSource = Callable[[str], "UInt64Array | None"]
-"""Returns the addresses that a filter matches, or None where it does not know all columns."""
-
 
 class Widths(NamedTuple):
     """Search widths with nothing left open; ``fixed`` when the caller named how far to look."""
@@ -65,6 +62,7 @@ class Part(NamedTuple):
     """One segment, and what may be returned from it.
 
     ``row_ids`` are those of its positions; None where the snapshot has them, from position ``first`` on.
+    ``is_tail`` tells rows outside the index from those in it.
     """
 
     first: int
@@ -72,6 +70,7 @@ class Part(NamedTuple):
     mask: Mask | None
     rows: int
     row_ids: UInt64Array | None
+    is_tail: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,7 +110,7 @@ class View:
         Its shards.
     limits : TailLimits
         What a search may read beside the index.
-    columns : FilterSource or None
+    columns : ColumnsInMemory or None
         Filter columns in RAM.
     before : View, optional
         What it has read of the tail is not read again.
@@ -125,7 +124,7 @@ class View:
         loaded: Sequence[LoadedSegment],
         limits: TailLimits,
         *,
-        columns: FilterSource | None = None,
+        columns: ColumnsInMemory | None = None,
         before: View | None = None,
     ) -> None:
         self.pinned = pinned
@@ -167,7 +166,8 @@ class View:
         if self.snapshot.row_ids is not self.snapshot.places:
             maps += self.snapshot.row_ids.ram_bytes
         segments = sum(loaded.segment.ram_bytes for loaded in self.loaded)
-        return segments + masks + maps + self.snapshot.live.nbytes + self.tail.ram_bytes + self._filters.ram_bytes
+        filters = self._filters.ram_bytes + (0 if self._columns is None else self._columns.ram_bytes)
+        return segments + masks + maps + self.snapshot.live.nbytes + self.tail.ram_bytes + filters
 
     @functools.cached_property
     def positions_of_row_ids(self) -> RunMap:
@@ -300,6 +300,8 @@ class View:
         ------
         InvalidArgument
             If a row can not be found by a search, or the index cannot decode.
+        TailTooLarge
+            If a row is not in the index, and the tail is over the limits.
         """
         positions = self.positions_of_row_ids.positions(row_ids)
         vectors = np.empty((len(row_ids), self.model.spec.dim), dtype=np.float32)
@@ -342,12 +344,12 @@ class View:
         if tail.segment is None:
             return None
         if matches is None:
-            return Part(0, tail.segment, None, tail.rows, tail.row_ids)
+            return Part(0, tail.segment, None, tail.rows, tail.row_ids, is_tail=True)
         at = np.searchsorted(matches.addresses, tail.addresses)
         inside = at < len(matches.addresses)
         inside[inside] = matches.addresses[at[inside]] == tail.addresses[inside]
         rows = int(np.count_nonzero(inside))
-        return Part(0, tail.segment, Mask(inside), rows, tail.row_ids) if rows else None
+        return Part(0, tail.segment, Mask(inside), rows, tail.row_ids, is_tail=True) if rows else None
 
     def _filtered(self, filter_sql: str, include_tail: bool, trace: Trace | None) -> Selection:
         key = (filter_sql, include_tail and bool(self.tail.rows))
@@ -361,7 +363,7 @@ class View:
         return found
 
     def _evaluated(self, filter_sql: str, include_tail: bool) -> tuple[Selection, int]:
-        addresses = None if self._columns is None else self._columns(filter_sql)
+        addresses = None if self._columns is None else self._columns.matching(filter_sql)
         if addresses is None:
             addresses = self.pinned.matching(filter_sql)
         matches = match_addresses(addresses, self.snapshot.places, self.snapshot.live)
@@ -451,7 +453,7 @@ class View:
                 answers.append(self._scan_part(part, queries, k, widths))
                 continue
             self._trace_probe(part, queries, widths, trace)
-            with trace.stage("tail" if self._is_tail(part) else "scan") as facts:
+            with trace.stage("tail" if part.is_tail else "scan") as facts:
                 answers.append(self._scan_part(part, queries, k, widths))
                 facts.update(rows=part.rows, masked=part.segment.positions - part.rows)
         if len(answers) == 1 and answers[0][0].shape[1] == most:
@@ -477,9 +479,6 @@ class View:
         if part.row_ids is not None:
             return part.row_ids[positions]
         return self.snapshot.row_ids.numbers(positions + part.first if part.first else positions)
-
-    def _is_tail(self, part: Part) -> bool:
-        return part.row_ids is not None and part.row_ids is self.tail.load(self.model).row_ids
 
     def _trace_probe(self, part: Part, queries: Float32Array, widths: Widths, trace: Trace) -> None:
         probed = part.segment.probe(queries, widths.nprobe, ef=widths.ef)
