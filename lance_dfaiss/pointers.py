@@ -38,6 +38,7 @@ __all__ = [
     "find_pointer",
     "find_stored",
     "generation_store",
+    "never_current",
     "pointer_files",
     "publish",
     "stored_pointers",
@@ -267,7 +268,9 @@ def publish(
     try:
         store.write(f"{folder}/{number + 1:08d}.json", (text or "").encode())
     except StorageError as exc:
-        found = _latest_file(store, folder)[1]
+        now, found = _latest_file(store, folder)
+        if now > number and found == text:
+            return _written(name, text, "file")  # written, and only the answer was lost
         if found != expected:
             raise _lost(name, ours, found) from exc
         raise
@@ -276,6 +279,41 @@ def publish(
 
 def _written(name: str, text: str | None, origin: Literal["metadata", "file"]) -> StoredPointer | None:
     return None if text is None else StoredPointer(name=name, text=text, origin=origin)
+
+
+def never_current(pinned: PinnedDataset, name: str, pointer: Pointer, *, index_uri: str | None) -> bool:
+    """Tell whether it is certain that a pointer which lost against another one was never in place.
+
+    That it is not there now does not say so: it may have been, without the answer having come through, and whoever
+    replaced it needs its files. It is certain if what is there replaced the very pointer that this one was to replace,
+    or is still, or again, that one.
+
+    Parameters
+    ----------
+    pinned : PinnedDataset
+        The dataset; its newest version is looked at.
+    name : str
+        Index name.
+    pointer : Pointer
+        The one that lost.
+    index_uri : str or None
+        As it was published.
+
+    Raises
+    ------
+    CorruptIndex, StorageError
+        If a pointer could not be read.
+    """
+    newest = pinned.latest()
+    found = {stored_pointers(newest, place).get(name) for place in {None, index_uri}}
+    texts = [stored.text for stored in found if stored is not None]
+    others = [Pointer.from_text(text, location=f"pointer of index {name!r}") for text in texts]
+    return bool(others) and all(
+        other.manifest != pointer.manifest
+        and other.previous != pointer.generation
+        and pointer.previous in (other.previous, other.generation)
+        for other in others
+    )
 
 
 def pointer_files(pinned: PinnedDataset, index_uri: str) -> dict[str, list[str | None]]:

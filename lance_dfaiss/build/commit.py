@@ -25,7 +25,7 @@ from ..manifest import (
     encode,
 )
 from ..plan import FragmentState
-from ..pointers import IN_DATASET, FoundPointer, StoredPointer, absolute_location, publish
+from ..pointers import IN_DATASET, FoundPointer, StoredPointer, absolute_location, never_current, publish
 from ..search.snapshot import deletions_to_read, revived_fragments
 from ..storage import Store, check_present, digest_bytes, read_reach, write_document
 from .lease import Lease
@@ -170,9 +170,13 @@ def publish_manifest(
     previous: FoundPointer | None,
     index_uri: str | None,
     lease: Lease,
+    others: Sequence[Lease] = (),
     again: bool = False,
 ) -> None:
     """Write the manifest and make its generation current.
+
+    The manifest marks a generation that may be current. After an error it stays, unless it is certain that it was
+    never led to; as long as it is there, nobody but gc deletes files of the generation.
 
     Parameters
     ----------
@@ -188,6 +192,8 @@ def publish_manifest(
         Where generations lie, if not in the dataset.
     lease : Lease
         On the generation.
+    others : sequence of Lease
+        On other generations whose files it needs and nothing else protects.
     again : bool
         A manifest of the usual name was written and deleted before: no name is used twice.
 
@@ -223,11 +229,23 @@ def publish_manifest(
             lengths=lengths,
             previous=previous,
             index_uri=index_uri,
-            leases=(lease,),
+            leases=(lease, *others),
         )
     except CommitConflict:
-        store.delete(reference.name)
+        _withdraw(pinned, manifest.name, pointer, store, index_uri)
         raise
+
+
+def _withdraw(pinned: PinnedDataset, name: str, pointer: Pointer, store: Store, index_uri: str | None) -> None:
+    """Delete the manifest of a generation that lost, if it is certain that it was never current."""
+    doubt = "another writer may have built on it"
+    try:
+        if never_current(pinned, name, pointer, index_uri=index_uri):
+            store.delete(pointer.manifest.name)
+            return
+    except DfaissError as failure:
+        doubt = str(failure)  # the conflict matters more
+    _log.warning("index %r: generation %s is left to gc: %s", name, pointer.generation, doubt)
 
 
 def publish_checked(
@@ -282,8 +300,8 @@ def publish_checked(
     written = publish(pinned, name, pointer, previous=previous, index_uri=index_uri)
     try:
         check()
-    except DfaissError as failure:
-        _log.warning("index %r: generation %s is taken back: %s", name, pointer.generation, failure)
+    except BaseException as failure:  # whatever it was: what was not checked does not stay current
+        _log.warning("index %r: generation %s is taken back: %r", name, pointer.generation, failure)
         _point_back(pinned, name, written, previous, index_uri)
         raise
 
@@ -295,12 +313,14 @@ def _point_back(
     previous: StoredPointer | None,
     index_uri: str | None,
 ) -> None:
-    text = None if previous is None else Pointer.from_text(previous.text, location=f"previous pointer of {name!r}")
     try:
+        text = None if previous is None else Pointer.from_text(previous.text, location=f"previous pointer of {name!r}")
         publish(pinned, name, text, previous=written, index_uri=index_uri)
     except CommitConflict as conflict:
         # Somebody has replaced ours already: what is current now is theirs to answer for.
         _log.warning("index %r: %s", name, conflict)
+    except Exception as exc:  # what made this necessary is raised, and matters more
+        _log.error("index %r: the new generation could not be taken back and stays current, unchecked: %r", name, exc)
 
 
 def shard_entry(record: ShardRecord) -> ShardEntry:

@@ -14,6 +14,7 @@ from typing import Literal
 from .. import engine
 from ..errors import (
     CommitConflict,
+    CorruptIndex,
     DatasetChanged,
     IndexExists,
     InsufficientData,
@@ -21,6 +22,7 @@ from ..errors import (
     InvalidVectors,
     ReadOnlyStorage,
     RecallTooLow,
+    StorageError,
 )
 from ..lance_io import LanceDataset, PinnedDataset, VectorColumn, move_to_latest, open_dataset
 from ..machine import usable_cores, usable_memory_bytes
@@ -583,14 +585,25 @@ def _request_digest(spec: IndexSpec, options: BuildOptions) -> str:
 
 
 def remove_unfinished(store: Store, generation: str) -> None:
-    """Delete what a build has written, unless it was committed or somebody still works on it."""
-    files = store.list(generation)
-    if any(file.name.startswith(f"{generation}/manifest") for file in files):
-        return  # a twin that resumed the same build may have committed it
-    if is_leased(store, generation):
-        return  # or may still be building it: what both leave is for gc
-    for file in files:
-        store.delete(file.name)
+    """Delete what a build has written, unless it may be current, or somebody still works on it.
+
+    It may be current as soon as there is a manifest: ours, if the answer to its commit was lost, or that of a twin
+    that resumed the same build. What stays is for gc. Raises nothing of the store's: called after an error that
+    matters more.
+    """
+    try:
+        # The lease first: a twin gives it back after it has written its manifest.
+        if is_leased(store, generation):
+            _log.info("generation %s is left to another builder", generation)
+            return
+        files = store.list(generation)
+        if any(file.name.startswith(f"{generation}/manifest") for file in files):
+            _log.warning("generation %s has a manifest, so it may be current: its files are left to gc", generation)
+            return
+        for file in files:
+            store.delete(file.name)
+    except (StorageError, CorruptIndex) as failure:
+        _log.warning("what is left of generation %s is left to gc: %s", generation, failure)
 
 
 def _budget(options: BuildOptions) -> int:

@@ -155,7 +155,15 @@ class CurrentIndex:
             statistics=replace(old.statistics, seconds=(("encode", round(seconds, 3)),)),
         )
 
-    def commit(self, manifest: Manifest, records: Sequence[ShardRecord], lease: Lease, *, again: bool = False) -> None:
+    def commit(
+        self,
+        manifest: Manifest,
+        records: Sequence[ShardRecord],
+        lease: Lease,
+        *,
+        others: Sequence[Lease] = (),
+        again: bool = False,
+    ) -> None:
         """Write the records that are new, and make a generation current.
 
         Parameters
@@ -166,6 +174,8 @@ class CurrentIndex:
             Its shards.
         lease : Lease
             On it.
+        others : sequence of Lease
+            On other generations whose files it needs and nothing else protects.
         again : bool
             It was tried before: a manifest of the usual name has been there.
 
@@ -187,6 +197,7 @@ class CurrentIndex:
             previous=self.generation.found,
             index_uri=self.index_uri,
             lease=lease,
+            others=others,
             again=again,
         )
 

@@ -186,7 +186,7 @@ def _retrain(current: CurrentIndex, options: BuildOptions) -> _Done:
     planned = plan_resolved(current.pinned, column, spec, resolved, options, current.generation.found)
     try:
         manifest = run_build(planned, parent=current.manifest.generation)
-    except Exception:
+    except BaseException:
         # Nobody goes on with it: the next call would train over another version.
         remove_unfinished(planned.store, planned.plan.generation)
         raise

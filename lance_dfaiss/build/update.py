@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import engine
-from ..errors import CommitConflict, CoverOverlap, DatasetChanged, IndexNotFound
+from ..errors import CommitConflict, CoverOverlap, DatasetChanged, IndexNotFound, UntrustedLocation
 from ..lance_io import LanceDataset, move_to_latest
 from ..machine import usable_memory_bytes
 from ..manifest import BuildPlan, ShardRecord, ShardTask, check_cover_disjoint, decode_model_record
@@ -21,8 +21,9 @@ from ..plan import plan_tasks
 from ..progress import PhaseMeter, Progress, SilentProgress
 from ..search.load import load_model_of
 from ..spec import BuildOptions
-from ..storage import Store, read_document
+from ..storage import read_document
 from ..types import OnInvalid
+from .create import remove_unfinished
 from .current import CurrentIndex, open_current
 from .encode import EncodeJob
 from .lease import Lease
@@ -248,20 +249,17 @@ def sync_index(
 
 @contextmanager
 def new_generation(current: CurrentIndex) -> Iterator[tuple[str, Lease]]:
-    """Hold a new generation while the block fills and commits it; after an error nothing of it stays."""
+    """Hold a new generation while the block fills and commits it.
+
+    After an error, an interrupt too, nothing of it stays; unless it may be current by then: that is for gc to find out.
+    """
     generation = str(uuid.uuid4())
     try:
         with Lease.hold(current.store, generation, root=current.pinned.root) as lease:
             yield generation, lease
-    except Exception:
-        remove_generation(current.store, generation)
+    except BaseException:
+        remove_unfinished(current.store, generation)
         raise
-
-
-def remove_generation(store: Store, generation: str) -> None:
-    """Delete the files of a generation that was not committed."""
-    for file in store.list(generation):
-        store.delete(file.name)
 
 
 def encode_fragments(
@@ -348,8 +346,10 @@ def _after(conflict: CommitConflict, lost: CurrentIndex, added: Sequence[ShardRe
     try:
         now = lost.reopened()
         check_cover_disjoint((*now.resolution.records, *added))
-    except (IndexNotFound, CoverOverlap, DatasetChanged):
+    except (IndexNotFound, CoverOverlap, DatasetChanged, UntrustedLocation):
         raise conflict from None
+    if now.store.location != lost.store.location:
+        raise conflict  # adopted or built anew elsewhere: what we wrote is not there
     if now.manifest.model.fingerprint != lost.manifest.model.fingerprint:
         raise conflict
     return now

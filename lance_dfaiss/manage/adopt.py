@@ -14,7 +14,7 @@ from ..manifest import FileEntry, Pointer, Reference, decode_manifest
 from ..pointers import IN_DATASET, FoundPointer, check_allowed, find_pointer
 from ..storage import HashingWriter, Store, VerifiedReader, open_store, read_document, read_reach
 from ..types import CHUNK_BYTES
-from .change import is_manifest
+from .change import hold_folders, is_manifest
 
 __all__ = ["adopt_index"]
 
@@ -132,8 +132,7 @@ def _copy(
     manifest = decode_manifest(data, location=f"{origin.location}/{reference.name}")
     reach = read_reach(origin, manifest)
     lengths = {**reach.lengths, reference.name: reference.length_bytes}
-    folders = sorted({name.rpartition("/")[0] for name in lengths})
-    leases = [stack.enter_context(Lease.hold(target, folder, root=root)) for folder in folders]
+    leases = hold_folders(target, lengths, root, stack)
     for entry in reach.files:
         _copy_file(origin, target, entry)
         for lease in leases:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 from ..build.commit import publish_checked
 from ..build.current import CurrentIndex
+from ..build.lease import Lease
 from ..build.update import new_generation
 from ..errors import CorruptIndex, DatasetChanged, MissingFile, NoPreviousGeneration
 from ..lance_io import LanceDataset, PinnedDataset, move_to_latest, open_dataset
@@ -22,10 +25,12 @@ from ..pointers import (
     publish,
 )
 from ..search.load import read_generation
-from ..search.resolve import resolve_generation
+from ..search.resolve import Resolution, resolve_generation
 from ..storage import MAX_DOCUMENT_BYTES, Store, check_present, digest_bytes, open_store, read_reach
 
-__all__ = ["drop_index", "rollback"]
+__all__ = ["drop_index", "hold_folders", "is_manifest", "read_manifest", "rollback"]
+
+_log = logging.getLogger(__name__)
 
 
 def drop_index(
@@ -123,23 +128,40 @@ def rollback(
             generation=found.pointer.generation,
         )
     where, store, reference, lengths = _find_generation(newest, found, wanted, index_uri, allowed_index_uris)
-    former = _moved_on(handle, newest, found, where, reference, index_uri, allowed_index_uris)
-    if former is not None:
-        with new_generation(former) as (generation, lease):
+    with ExitStack() as stack:
+        # A collector that keeps no previous generations may be about to delete it.
+        leases = hold_folders(store, lengths, newest.root, stack)
+        former = _moved_on(handle, newest, found, where, reference, index_uri, allowed_index_uris)
+        if former is not None:
+            generation, lease = stack.enter_context(new_generation(former))
             records = former.mapped_records(generation)
-            former.commit(former.derive(generation, records, 0.0), records, lease)
-        move_to_latest(handle)
-        return handle
-    pointer = Pointer(
-        generation=wanted,
-        where=where,
-        root=newest.root,
-        manifest=reference,
-        previous=found.pointer.generation,
-    )
-    publish_checked(newest, found.name, pointer, store=store, lengths=lengths, previous=found, index_uri=index_uri)
+            former.commit(former.derive(generation, records, 0.0), records, lease, others=leases)
+        else:
+            pointer = Pointer(
+                generation=wanted,
+                where=where,
+                root=newest.root,
+                manifest=reference,
+                previous=found.pointer.generation,
+            )
+            publish_checked(
+                newest,
+                found.name,
+                pointer,
+                store=store,
+                lengths=lengths,
+                previous=found,
+                index_uri=index_uri,
+                leases=leases,
+            )
     move_to_latest(handle)
     return handle
+
+
+def hold_folders(store: Store, names: Iterable[str], root: str, stack: ExitStack) -> list[Lease]:
+    """Hold every generation that some files lie in, for a dataset root, until the stack is unwound."""
+    folders = sorted({name.rpartition("/")[0] for name in names})
+    return [stack.enter_context(Lease.hold(store, folder, root=root)) for folder in folders]
 
 
 def _moved_on(
@@ -158,14 +180,22 @@ def _moved_on(
     pointer = replace(found.pointer, generation=found.pointer.previous or "", manifest=reference, previous=None)
     former = read_generation(newest, replace(found, pointer=pointer), trusted)
     try:
-        now = resolve_generation(newest, read_generation(newest, found, trusted))
-        resolution = resolve_generation(newest, former, before=now)
+        resolution = resolve_generation(newest, former, before=_known_now(newest, found, trusted))
     except DatasetChanged:
         return None  # without its column no row of either is anywhere
     if not resolution.unsaved_rows:
         return None
     # It takes the place of the current pointer, not of the one it had then.
     return CurrentIndex(handle=handle, pinned=newest, generation=replace(former, found=found), resolution=resolution)
+
+
+def _known_now(newest: PinnedDataset, found: FoundPointer, trusted: Sequence[str]) -> Resolution | None:
+    """Return what the current generation knows; None if it is damaged, which may be why one goes back."""
+    try:
+        return resolve_generation(newest, read_generation(newest, found, trusted))
+    except CorruptIndex as exc:
+        _log.warning("index %r: going back from a damaged generation: %s", found.name, exc)
+        return None
 
 
 def _find_generation(

@@ -14,7 +14,7 @@ from ..errors import CorruptIndex, InvalidArgument, MissingFile, UnsupportedForm
 from ..lance_io import LanceDataset, PinnedDataset, open_dataset
 from ..manifest import Pointer, Reference, decode_manifest, decode_plan
 from ..manifest.lease import as_time
-from ..pointers import IN_DATASET, absolute_location, pointer_files
+from ..pointers import IN_DATASET, absolute_location, pointer_files, stored_pointers
 from ..storage import MAX_DOCUMENT_BYTES, Store, StoredFile, open_store, read_document, read_reach
 from ..types import POINTER_PREFIX
 from .change import is_manifest, read_manifest
@@ -86,14 +86,13 @@ def gc(
     Raises
     ------
     InvalidArgument
-        If ``keep_previous`` or ``min_age`` is negative.
+        If ``keep_previous`` is not a whole number, ``min_age`` no timedelta, or either is negative.
     UnsupportedFormat
         If a pointer, or what it leads to, was written by a newer release: what it needs is not known.
     StorageError
         If something could not be read or deleted; run it again.
     """
-    _check_not_negative("keep_previous", keep_previous, keep_previous < 0)
-    _check_not_negative("min_age", min_age, min_age < timedelta(0))
+    _check_arguments(keep_previous, min_age)
     pinned = PinnedDataset(open_dataset(dataset, storage_options=storage_options))
     return collect(pinned, dry_run=dry_run, keep_previous=keep_previous, min_age=min_age, index_uri=index_uri)
 
@@ -121,7 +120,8 @@ def collect(
         margin=CLOCK_MARGIN,
         root=root,
     )
-    return _carry_out(store, plan, survey, dry_run=dry_run, clock=clock)
+    watch = _Watch(pinned, store, index_uri, known=set(references.files))
+    return _carry_out(store, plan, survey, watch, dry_run=dry_run, clock=clock)
 
 
 class _Surveyed(NamedTuple):
@@ -354,8 +354,57 @@ class _Seeker:
                 self._files.setdefault(each, reason)
 
 
+class _Watch:
+    """Looks out for pointers that have moved since the references were read: a rollback may be done in no time."""
+
+    def __init__(self, pinned: PinnedDataset, store: Store, index_uri: str | None, *, known: set[str]) -> None:
+        self._pinned = pinned
+        self._store = store
+        self._index_uri = index_uri
+        self._known = known
+        self._folders: dict[Reference, set[str]] = {}
+
+    def needs(self, generation: str) -> bool:
+        """Tell whether a pointer that is current now leads to a generation, and did not before.
+
+        Raises
+        ------
+        CorruptIndex, StorageError
+            If a pointer that has moved cannot be followed: what it needs is not known.
+        """
+        newest = self._pinned.latest()
+        for place in {None, self._index_uri}:
+            for name, stored in stored_pointers(newest, place).items():
+                try:
+                    pointer = Pointer.from_text(stored.text, location=f"pointer of index {name!r}")
+                except UnsupportedFormat:
+                    raise
+                except CorruptIndex:
+                    continue  # if it was damaged before, the plan has spared all of this index
+                if pointer.manifest.name not in self._known and generation in self._reach(pointer):
+                    return True
+        return False
+
+    def _reach(self, pointer: Pointer) -> set[str]:
+        reference = pointer.manifest
+        if reference not in self._folders:
+            names = {reference.name}
+            if self._store.exists(reference.name):  # else it leads elsewhere
+                data = read_document(self._store, reference)
+                manifest = decode_manifest(data, location=f"{self._store.location}/{reference.name}")
+                names.update(read_reach(self._store, manifest).lengths)
+            self._folders[reference] = {name.partition("/")[0] for name in names}
+        return self._folders[reference]
+
+
 def _carry_out(
-    store: Store, plan: Collection, survey: Mapping[str, _Surveyed], *, dry_run: bool, clock: Callable[[], datetime]
+    store: Store,
+    plan: Collection,
+    survey: Mapping[str, _Surveyed],
+    watch: _Watch,
+    *,
+    dry_run: bool,
+    clock: Callable[[], datetime],
 ) -> GcReport:
     kept = dict(plan.kept)
     deleted: list[StoredFile] = []
@@ -367,6 +416,10 @@ def _carry_out(
         )
         if not dry_run and _was_taken_up(store, generation, survey[generation].folder, clock()):
             kept[generation] = "a builder took it up again meanwhile"
+            continue
+        # After the lease, which whoever moves a pointer to it gives back only then.
+        if not dry_run and doomed and watch.needs(generation):
+            kept[generation] = "it was made current again meanwhile"
             continue
         for file in doomed if not dry_run else ():
             store.delete(file.name)
@@ -387,6 +440,23 @@ def _was_taken_up(store: Store, generation: str, before: Folder, now: datetime) 
     return any(holds(term, now) for term in terms)
 
 
-def _check_not_negative(parameter: str, value: object, negative: bool) -> None:
-    if negative:
-        raise InvalidArgument(f"{parameter} must not be negative, got {value}", parameter=parameter, value=value)
+def _check_arguments(keep_previous: object, min_age: object) -> None:
+    if isinstance(keep_previous, bool) or not isinstance(keep_previous, int):
+        raise InvalidArgument(
+            f"keep_previous must be a whole number, not {keep_previous!r}",
+            parameter="keep_previous",
+            value=keep_previous,
+        )
+    if not isinstance(min_age, timedelta):
+        raise InvalidArgument(
+            f"min_age must be a datetime.timedelta, not {min_age!r}",
+            remedy="Pass timedelta(hours=1), for example",
+            parameter="min_age",
+            value=min_age,
+        )
+    for parameter, value, negative in (
+        ("keep_previous", keep_previous, keep_previous < 0),
+        ("min_age", min_age, min_age < timedelta(0)),
+    ):
+        if negative:
+            raise InvalidArgument(f"{parameter} must not be negative, got {value}", parameter=parameter, value=value)
