@@ -594,7 +594,7 @@ def remove_unfinished(store: Store, generation: str) -> None:
     try:
         # The lease first: a twin gives it back after it has written its manifest.
         if is_leased(store, generation):
-            _log.info("generation %s is left to another builder", generation)
+            _log.warning("generation %s is still held: its files are left to gc", generation)
             return
         files = store.list(generation)
         if any(file.name.startswith(f"{generation}/manifest") for file in files):

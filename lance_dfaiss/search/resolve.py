@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..errors import DatasetChanged, InsufficientData, UnknownColumn, UnsupportedColumn
-from ..lance_io import PinnedDataset, VectorColumn
+from ..lance_io import DatasetHistory, PinnedDataset, VectorColumn
 from ..manifest import Cover, Manifest, ShardRecord
 from ..plan import FragmentState
 from ..types import Int64Array
@@ -187,7 +187,7 @@ def _follow(
     lost = located.lost.in_fragments(gone)
     if pinned.version <= since:
         return nowhere, lost
-    rewrites, unknown = find_rewrites(gone, present, pinned.history(column), since=since, until=pinned.version)
+    rewrites, unknown = find_rewrites(gone, present, DatasetHistory(pinned, column), since=since, until=pinned.version)
     moved, targets = apply_rewrites(lost, gone, rewrites)
     arrived = [i for i, state in targets.items() if i in present and present[i].signature == state.signature]
     return moved.in_fragments(arrived), moved.in_fragments(unknown)

@@ -235,13 +235,12 @@ def test_ten_thousand_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             dataset.update_metadata({"number": str(number)})
     dataset.delete("id = 5")
     opened: list[DatasetHistory] = []
-    make = PinnedDataset.history
 
     def noted(pinned: PinnedDataset, column: VectorColumn) -> DatasetHistory:
-        opened.append(make(pinned, column))
+        opened.append(DatasetHistory(pinned, column))
         return opened[-1]
 
-    monkeypatch.setattr(PinnedDataset, "history", noted)
+    monkeypatch.setattr("lance_dfaiss.search.resolve.DatasetHistory", noted)
 
     start = time.perf_counter()
     index = lance_dfaiss.open_index(dataset)

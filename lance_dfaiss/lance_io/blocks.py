@@ -1,0 +1,143 @@
+"""Rows as they stream out of a scan, and the choice of a sample."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+
+from ..types import ROW_ID_COLUMN, Float32Array, Int64Array, Metric, UInt64Array
+from ..vectors import decode_vectors
+from .fields import (
+    ADDRESS_COLUMN,
+    OFFSET_MASK,
+    UPDATED_COLUMN,
+    VectorColumn,
+)
+
+__all__ = ["Block", "Sample", "decode_batch", "only_rows", "sample_rows"]
+
+# A sample block is about one object-store request's worth of neighbouring rows.
+_SAMPLE_BLOCK_BYTES = 64 * 1024
+
+_MIN_SAMPLE_ROWS, _MAX_SAMPLE_ROWS = 64, 512
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Decoded live rows of one fragment, in physical order.
+
+    Parameters
+    ----------
+    fragment_id : int
+        Fragment they come from.
+    offsets : numpy.ndarray
+        int64 ``(n,)`` physical offsets of the usable rows.
+    vectors : numpy.ndarray
+        float32 ``(n, dim)``, perhaps a read-only view of the scanner's memory.
+    row_offsets, row_ids : numpy.ndarray
+        int64 and uint64 ``(live,)``: offset and row id of every live row, usable or not.
+    null, non_finite, zero : int
+        Live rows left out, by reason.
+    bad_row_ids : numpy.ndarray
+        uint64: row ids of those.
+    updated : numpy.ndarray or None
+        uint64 ``(live,)``: the version that last wrote every live row; None without stable row ids.
+    """
+
+    fragment_id: int
+    offsets: Int64Array
+    vectors: Float32Array
+    row_offsets: Int64Array
+    row_ids: UInt64Array
+    null: int
+    non_finite: int
+    zero: int
+    bad_row_ids: UInt64Array
+    updated: UInt64Array | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """Usable rows drawn from all fragments.
+
+    Parameters
+    ----------
+    vectors : numpy.ndarray
+        float32 ``(n, dim)``.
+    fragment_ids, offsets : numpy.ndarray
+        int64 ``(n,)``: where each comes from.
+    drawn_rows : int
+        Rows drawn, unusable ones included.
+    """
+
+    vectors: Float32Array
+    fragment_ids: Int64Array
+    offsets: Int64Array
+    drawn_rows: int
+
+
+def decode_batch(batch: pa.RecordBatch, column: VectorColumn, metric: Metric) -> Iterator[Block]:
+    """Decode a scanner batch: one block a fragment."""
+    addresses = batch[ADDRESS_COLUMN].to_numpy()
+    row_ids = batch[ROW_ID_COLUMN].to_numpy() if ROW_ID_COLUMN in batch.schema.names else addresses
+    updated = batch[UPDATED_COLUMN].to_numpy() if UPDATED_COLUMN in batch.schema.names else None
+    fragments = (addresses >> np.uint64(32)).astype(np.int64)
+    borders = [0, *(np.flatnonzero(np.diff(fragments)) + 1).tolist(), len(addresses)]
+    for start, stop in itertools.pairwise(borders):
+        if start == stop:
+            continue
+        decoded = decode_vectors(batch.column(0)[start:stop], column.dim, metric, column=column.name)
+        usable = decoded.usable
+        offsets = (addresses[start:stop] & OFFSET_MASK).astype(np.int64)
+        ids = row_ids[start:stop]
+        everything = bool(usable.all())
+        yield Block(
+            int(fragments[start]),
+            offsets if everything else offsets[usable],
+            decoded.values if everything else decoded.values[usable],
+            offsets,
+            ids,
+            int(decoded.null.sum()),
+            int(decoded.non_finite.sum()),
+            int(decoded.zero.sum()),
+            ids[~usable],
+            None if updated is None else updated[start:stop],
+        )
+
+
+def only_rows(block: Block, offsets: Int64Array) -> Iterator[Block]:
+    """Return a block without the rows that are not asked for; nothing if none is left."""
+    rows = np.isin(block.row_offsets, offsets)
+    if not rows.any():
+        return
+    kept = np.isin(block.offsets, offsets)
+    yield Block(
+        block.fragment_id,
+        block.offsets[kept],
+        block.vectors[kept],
+        block.row_offsets[rows],
+        block.row_ids[rows],
+        # Which of the unusable rows are asked for is not told by reason: all of them are counted as null.
+        int(np.count_nonzero(rows)) - int(np.count_nonzero(kept)),
+        0,
+        0,
+        np.setdiff1d(block.row_ids[rows], block.row_ids[np.isin(block.row_offsets, block.offsets[kept])]),
+        None if block.updated is None else block.updated[rows],
+    )
+
+
+def sample_rows(total: int, rows: int, row_bytes: int, seed: int) -> Int64Array:
+    """Return sorted live row numbers: whole random blocks, or everything."""
+    if rows >= total:
+        return np.arange(total, dtype=np.int64)
+    block = min(max(_SAMPLE_BLOCK_BYTES // max(row_bytes, 1), _MIN_SAMPLE_ROWS), _MAX_SAMPLE_ROWS, max(rows // 16, 1))
+    blocks = -(-total // block)
+    wanted = min(-(-rows // block), blocks)
+    chosen = np.sort(np.random.default_rng(seed).choice(blocks, size=wanted, replace=False))
+    numbers = (chosen[:, None] * block + np.arange(block)).ravel()
+    return cast("Int64Array", numbers[numbers < total][:rows].astype(np.int64))
