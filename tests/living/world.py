@@ -6,6 +6,7 @@ Lance may be refused by Lance; those of the package only for a reason that is kn
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections import Counter
@@ -586,6 +587,12 @@ class World:
         self, line: Line, name: str, refused: type[DfaissError] | None, rng: np.random.Generator
     ) -> None:
         index, _ = line.living[name]
+        if refused is DatasetChanged and index.manifest.dataset.column not in line.handle.schema.names:
+            # A living index may know of compactions that nothing else tells of any more.
+            with contextlib.suppress(DatasetChanged):
+                index.refresh()
+            line.living.pop(name)
+            return
         if refused is not None:
             self._expect(refused, index.refresh)
             return
@@ -669,7 +676,7 @@ class World:
             # Renamed, or renamed back: the field keeps its id.
             wanted = manifest["dataset"]["field_id"]
             column = next((field.name() for field in dataset.lance_schema.fields() if field.id() == wanted), None)
-            if column is None:
+            if column is None or self._lost_sight(dataset, name, store, manifest):
                 return DatasetChanged
         found = dataset.schema.field(column).type
         return (
@@ -677,6 +684,26 @@ class World:
             if pa.types.is_fixed_size_list(found) and found.list_size == manifest["spec"]["dim"]
             else DatasetChanged
         )
+
+    def _lost_sight(self, dataset: lance.LanceDataset, name: str, store: Path, manifest: Any) -> bool:
+        """Tell whether an index refuses a column of another name, which it may when not one file of its is left.
+
+        A compaction may still lead it to its rows; whether that one is known any more is for the index to say.
+        """
+        try:
+            lance_dfaiss.describe_index(dataset, name)
+            lance_dfaiss.open_index(dataset, name)
+        except DatasetChanged:
+            known = set()
+            for shard in manifest["shards"]:
+                cover = json.loads((store / shard["record"]["name"]).read_text())["cover"]
+                places = [*cover["fragments"], *((cover["remap"] or {}).get("fragments", []))]
+                known |= {path for place in places for path, _ in place["signature"]["files"]}
+            files = {file.path for fragment in dataset.get_fragments() for file in fragment.metadata.files}
+            assert not known & files, "the column holds rows of the index"
+            self.counts["seen: renamed and nothing left"] += 1
+            return True
+        return False
 
     def _held_columns(self, line: Line) -> Sequence[str]:
         return [name for name in ("n", "word") if name in line.schema.names]
