@@ -98,7 +98,9 @@ def vector_type(column: str, arrow_type: pa.DataType) -> VectorType:
     raise _unsupported(column, arrow_type, "it is not a vector type")
 
 
-def decode_vectors(array: pa.Array, dim: int, metric: Metric, *, column: str = "vector") -> DecodedVectors:
+def decode_vectors(
+    array: pa.Array, dim: int, metric: Metric, *, column: str = "vector", odd_is_null: bool = False
+) -> DecodedVectors:
     """Decode one Arrow array of vectors.
 
     Parameters
@@ -111,6 +113,8 @@ def decode_vectors(array: pa.Array, dim: int, metric: Metric, *, column: str = "
         Decides whether zero vectors are usable.
     column : str
         Name for messages.
+    odd_is_null : bool
+        Take a row of another length for one without a vector, instead of refusing it.
 
     Returns
     -------
@@ -127,7 +131,7 @@ def decode_vectors(array: pa.Array, dim: int, metric: Metric, *, column: str = "
         # `.values` ignores the slice and `.flatten()` drops null rows: cut it out by hand.
         elements = storage.values.slice(storage.offset * dim, len(storage) * dim)
     else:
-        elements, null = _uniform_elements(storage, null, dim, column)
+        elements, null = _uniform_elements(storage, null, dim, column, odd_is_null=odd_is_null)
     values, missing = _float32(elements)
     values = values.reshape(len(array), dim)
     if missing is not None:
@@ -212,13 +216,15 @@ def _value_type(column: str, arrow_type: pa.DataType) -> str:
 
 
 def _uniform_elements(
-    storage: pa.Array, null: NDArray[np.bool_], dim: int, column: str
+    storage: pa.Array, null: NDArray[np.bool_], dim: int, column: str, *, odd_is_null: bool
 ) -> tuple[pa.Array, NDArray[np.bool_]]:
     """Return the elements of a list array as if it had fixed size, null rows filled with zeros."""
     offsets = np.asarray(storage.offsets)
     lengths = np.diff(offsets)
     ragged = np.flatnonzero((lengths != dim) & ~null)
-    if len(ragged):
+    if odd_is_null:
+        null = null | (lengths != dim)
+    elif len(ragged):
         row = int(ragged[0])
         raise InvalidVectors(
             f"column {column!r} holds lists of different lengths: expected {dim}, found {int(lengths[row])}",

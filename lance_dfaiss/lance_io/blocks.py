@@ -91,7 +91,9 @@ def decode_batch(batch: pa.RecordBatch, column: VectorColumn, metric: Metric) ->
     for start, stop in itertools.pairwise(borders):
         if start == stop:
             continue
-        decoded = decode_vectors(batch.column(0)[start:stop], column.dim, metric, column=column.name)
+        decoded = decode_vectors(
+            batch.column(0)[start:stop], column.dim, metric, column=column.name, odd_is_null=column.odd_is_null
+        )
         usable = decoded.usable
         offsets = (addresses[start:stop] & OFFSET_MASK).astype(np.int64)
         ids = row_ids[start:stop]

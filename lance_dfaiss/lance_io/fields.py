@@ -53,12 +53,15 @@ class VectorColumn:
         What it holds.
     dim : int
         Dimension of every vector.
+    odd_is_null : bool
+        The dimension is an index's: a list of another length is no vector of it.
     """
 
     name: str
     field_id: int
     type: VectorType
     dim: int
+    odd_is_null: bool = False
 
     @property
     def stored_row_bytes(self) -> int:

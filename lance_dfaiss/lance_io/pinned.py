@@ -162,8 +162,15 @@ class PinnedDataset:
         """Table metadata of this version."""
         return cast("Mapping[str, str]", self._dataset.metadata)
 
-    def vector_column(self, name: str) -> VectorColumn:
+    def vector_column(self, name: str, *, dim_of_lists: int | None = None) -> VectorColumn:
         """Look up a vector column.
+
+        Parameters
+        ----------
+        name : str
+            Dotted path.
+        dim_of_lists : int, optional
+            Dimension of a column of lists, where an index has settled it; its first list tells otherwise.
 
         Raises
         ------
@@ -176,7 +183,8 @@ class PinnedDataset:
         """
         arrow_type = arrow_field(self._dataset.schema, name)
         kind = vector_type(name, arrow_type)
-        dim = kind.dim if kind.dim is not None else self._list_length(name)
+        settled = kind.dim is None and dim_of_lists is not None
+        dim = kind.dim or (dim_of_lists if settled and dim_of_lists else self._list_length(name))
         if dim < 1:
             raise UnsupportedColumn(
                 f"column {name!r} has type {arrow_type}: expected vectors of at least 1 element, found {dim}",
@@ -184,7 +192,8 @@ class PinnedDataset:
                 parameter="column",
                 value=name,
             )
-        return VectorColumn(name=name, field_id=leaf_field_id(self._dataset, name), type=kind, dim=dim)
+        field_id = leaf_field_id(self._dataset, name)
+        return VectorColumn(name=name, field_id=field_id, type=kind, dim=dim, odd_is_null=settled)
 
     def fragments(self, column: VectorColumn) -> list[FragmentState]:
         """Return the state of every fragment, in the dataset's order."""
@@ -222,7 +231,7 @@ class PinnedDataset:
         """When this version was committed; numbers alone repeat on a branch that is made again."""
         return cast("datetime", cast("Any", self._dataset).get_version()["timestamp"])
 
-    def find_column(self, name: str, field_id: int) -> VectorColumn:
+    def find_column(self, name: str, field_id: int, dim: int) -> VectorColumn:
         """Look up the column that an index was built over, also after it was renamed or cast.
 
         Parameters
@@ -231,6 +240,8 @@ class PinnedDataset:
             Name when the index was built.
         field_id : int
             Its leaf field then; renaming keeps it, casting gives a new one.
+        dim : int
+            Its dimension then.
 
         Raises
         ------
@@ -239,12 +250,12 @@ class PinnedDataset:
         """
         try:
             # The name first: an overwrite deals field ids anew, so the old one may be another column's.
-            return self.vector_column(name)
+            return self.vector_column(name, dim_of_lists=dim)
         except (UnknownColumn, UnsupportedColumn):
             path = path_of_field(self._dataset, field_id)
             if path is None or path == name:
                 raise
-            return self.vector_column(path)
+            return self.vector_column(path, dim_of_lists=dim)
 
     def matching(self, filter_sql: str, fragment_ids: Sequence[int] | None = None) -> UInt64Array:
         """Return the addresses of the live rows that a filter matches, uint64 ``(n,)``, in storage order.

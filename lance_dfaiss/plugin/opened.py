@@ -132,13 +132,13 @@ class OpenIndexes:
 
     def column(self, handle: LanceDataset, generation: Generation) -> str:
         """Return the name that the column of an index has by now, or had when there is no such column any more."""
-        built = generation.manifest.dataset
+        built, dim = generation.manifest.dataset, generation.manifest.spec.dim
         key = (*_version_key(handle), generation.found.name, generation.found.text)
         with self._lock:
             found = self._columns.get(key)
             if found is None:
                 try:
-                    found = PinnedDataset(plain(handle)).find_column(built.column, built.field_id).name
+                    found = PinnedDataset(plain(handle)).find_column(built.column, built.field_id, dim).name
                 except (UnknownColumn, UnsupportedColumn, InsufficientData):
                     found = built.column
             _keep(self._columns, key, found, _KEPT_NAMES)

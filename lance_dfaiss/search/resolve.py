@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -115,7 +116,7 @@ def resolve_generation(
 def _column(pinned: PinnedDataset, manifest: Manifest) -> VectorColumn:
     name = manifest.dataset.column
     try:
-        column = pinned.find_column(name, manifest.dataset.field_id)
+        column = pinned.find_column(name, manifest.dataset.field_id, manifest.spec.dim)
     except (UnknownColumn, UnsupportedColumn, InsufficientData) as exc:
         raise DatasetChanged(
             f"dataset version {pinned.version} has no vector column {name!r}, over which the index was built",
@@ -123,26 +124,37 @@ def _column(pinned: PinnedDataset, manifest: Manifest) -> VectorColumn:
             fragments=(),
         ) from exc
     if column.dim != manifest.spec.dim:
-        raise DatasetChanged(
-            f"column {column.name!r} of dataset version {pinned.version} holds vectors of dimension {column.dim},"
-            f" the index was built over {manifest.spec.dim}",
-            remedy="Build the index again with create_index(..., replace=True)",
-            fragments=(),
-        )
+        raise _other_dimension(pinned, column, manifest)
     return column
+
+
+def _other_dimension(pinned: PinnedDataset, column: VectorColumn, manifest: Manifest) -> DatasetChanged:
+    return DatasetChanged(
+        f"column {column.name!r} of dataset version {pinned.version} holds vectors of dimension {column.dim},"
+        f" the index was built over {manifest.spec.dim}",
+        remedy="Build the index again with create_index(..., replace=True)",
+        fragments=(),
+    )
 
 
 def _check_followed(
     pinned: PinnedDataset, manifest: Manifest, column: VectorColumn, located: Located, followed: Places
 ) -> None:
-    """Check that a column of another name is the one that was indexed: an overwrite deals field ids anew.
+    """Check that a column without one indexed row can be the one that was indexed.
 
     Raises
     ------
     DatasetChanged
-        If not one indexed row is in it.
+        If it has another name, as an overwrite deals field ids anew; or lists of another length.
     """
-    if column.name == manifest.dataset.column or len(located.direct) or len(located.mapped) or len(followed):
+    if len(located.direct) or len(located.mapped) or len(followed):
+        return
+    if column.odd_is_null:
+        with suppress(InsufficientData):  # no list tells
+            now = pinned.vector_column(column.name)
+            if now.dim != column.dim:
+                raise _other_dimension(pinned, now, manifest)
+    if column.name == manifest.dataset.column:
         return
     raise DatasetChanged(
         f"dataset version {pinned.version} has no column {manifest.dataset.column!r}, over which the index was built;"

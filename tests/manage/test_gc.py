@@ -297,6 +297,22 @@ def test_bad_options(dataset: lance.LanceDataset) -> None:
             gc(dataset, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"keep_previous": "1"}, "keep_previous must be a whole number, not '1'"),
+        ({"keep_previous": 1.5}, "keep_previous must be a whole number, not 1.5"),
+        ({"keep_previous": True}, "keep_previous must be a whole number, not True"),
+        ({"min_age": 3600}, "min_age must be a datetime.timedelta, not 3600"),
+        ({"min_age": None}, "min_age must be a datetime.timedelta, not None"),
+    ],
+)
+def test_options_of_another_kind(dataset: lance.LanceDataset, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidArgument, match=said) as caught:
+        gc(dataset, **options)
+    assert (caught.value.parameter, caught.value.value) == next(iter(options.items()))
+
+
 def test_the_handle_stays_where_it_is(dataset: lance.LanceDataset) -> None:
     made = [build(dataset) for _ in range(2)]
     old = dataset.checkout_version(2)

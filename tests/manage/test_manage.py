@@ -113,28 +113,29 @@ def test_describe_counts(dataset: lance.LanceDataset) -> None:
     assert (after.indexed_rows, after.masked_rows, after.stale) == (1200, 305, None)
 
 
-@pytest.mark.parametrize("change", ["append", "compact", "rewrite"])
-def test_describe_tells_why_an_index_is_stale(dataset: lance.LanceDataset, change: str) -> None:
+def test_changed_data_do_not_make_an_index_stale(dataset: lance.LanceDataset) -> None:
     create_index(dataset, "vector", "FLAT", "idx")
-    if change == "append":
-        dataset = lance.write_dataset(datasets.table(datasets.vectors(10)), dataset.uri, mode="append")
-        said = ("fragments 4", "added")
-    elif change == "compact":
-        dataset.optimize.compact_files(target_rows_per_fragment=10_000)
-        said = ("fragments 4", "compacted")
-    else:
-        dataset.update({"number": "number + 10000"}, where="number = 3")
-        said = ("fragments 4", "added")
+    rows = dataset.count_rows()
+    dataset.optimize.compact_files(target_rows_per_fragment=10_000)
+    found = describe_index(dataset)
+    assert (found.stale, found.mapped_rows, found.tail_rows) == (None, rows, 0)
+    dataset.insert(datasets.table(datasets.vectors(10)))
+    dataset.update({"number": "number + 10000"}, where="number = 3")
+    found = describe_index(dataset)
+    assert (found.stale, found.indexed_rows) == (None, rows)
+    assert found.tail_rows == found.masked_rows + 10 > 10
+
+
+def test_describe_tells_why_an_index_is_stale(dataset: lance.LanceDataset) -> None:
+    create_index(dataset, "vector", "FLAT", "idx")
+    dataset.drop_columns(["vector"])
     stale = describe_index(dataset).stale
     assert stale is not None
-    for words in (*said, f"version {dataset.version}"):
-        assert words in stale
+    assert "vector" in stale
     with pytest.raises(DatasetChanged):
         open_index(dataset)
     assert verify_index(dataset) == []
     assert describe_index(dataset.checkout_version(2)).stale is None
-    create_index(dataset, "vector", "FLAT", "idx", replace=True)
-    assert describe_index(dataset).stale is None
 
 
 def test_verify_reports_its_progress(dataset: lance.LanceDataset) -> None:

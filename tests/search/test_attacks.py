@@ -165,3 +165,24 @@ def test_columns_held_for_filters_are_counted(tmp_path: Path) -> None:
     lance_dfaiss.create_index(dataset, "vec", "FLAT")
     with_columns = lance_dfaiss.open_index(dataset, filter_columns=["id"]).stats().ram_bytes
     assert with_columns - lance_dfaiss.open_index(dataset).stats().ram_bytes >= ROWS * (8 + 8)
+
+
+def test_lists_of_another_length_are_no_vectors(tmp_path: Path) -> None:
+    kind = pa.list_(pa.float32())
+    vectors = gaussian(ROWS, DIM, 1).tolist()
+    dataset = lance.write_dataset(pa.table({"vec": pa.array(vectors, kind)}), str(tmp_path / "d"))
+    lance_dfaiss.create_index(dataset, "vec", "FLAT")
+    index = lance_dfaiss.open_index(dataset)
+    more = pa.table({"vec": pa.array([[1.0, 2.0], vectors[0]], kind)})
+    lance.write_dataset(more, dataset.uri, mode="append")
+    index.refresh()
+    for _ in range(2):
+        assert len(index.search(vectors[0], 2, columns=[])) == 2
+        assert len(index.search(vectors[0], ROWS + 5, columns=[])) == ROWS + 1
+        assert lance_dfaiss.update_index(dataset).added_rows in (0, 1)
+        index.refresh()
+    assert index.stats().tail_rows == 0
+    longer = pa.table({"vec": pa.array(gaussian(9, DIM + 1, 3).tolist(), kind)})
+    dataset = lance.write_dataset(longer, dataset.uri, mode="overwrite")
+    with pytest.raises(DatasetChanged, match=f"dimension {DIM + 1}"):
+        lance_dfaiss.open_index(dataset)
