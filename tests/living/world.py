@@ -699,7 +699,14 @@ class World:
                 cover = json.loads((store / shard["record"]["name"]).read_text())["cover"]
                 places = [*cover["fragments"], *((cover["remap"] or {}).get("fragments", []))]
                 known |= {path for place in places for path, _ in place["signature"]["files"]}
-            files = {file.path for fragment in dataset.get_fragments() for file in fragment.metadata.files}
+            field = manifest["dataset"]["field_id"]
+            # A column that was rewritten in place leaves its old file where it was, without the field.
+            files = {
+                file.path
+                for fragment in dataset.get_fragments()
+                for file in fragment.metadata.files
+                if field in file.fields
+            }
             assert not known & files, "the column holds rows of the index"
             self.counts["seen: renamed and nothing left"] += 1
             return True
