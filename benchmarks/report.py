@@ -12,6 +12,7 @@ __all__ = ["Curve", "Outcome", "Row", "compared", "load_runs", "markdown_table",
 
 BEGIN = "<!-- benchmarks:begin -->"
 END = "<!-- benchmarks:end -->"
+_PLOT = "![Recall against queries per second]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +147,7 @@ def load_runs(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_page(page: Path, runs: Mapping[str, Mapping[str, Any]], *, picture: str | None) -> None:
-    """Put tables of some runs between the markers of a page.
+    """Put tables of some runs between the markers of a page; those of other benchmarks stay.
 
     Parameters
     ----------
@@ -158,18 +159,21 @@ def write_page(page: Path, runs: Mapping[str, Mapping[str, Any]], *, picture: st
         Address of the plot as seen from the page.
     """
     before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
+    old, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page} needs the markers {BEGIN} and {END}, in this order")
-    parts = [part for name, run in runs.items() for part in _section(name, run)]
-    if picture is not None:
-        parts.append(f"![Recall against queries per second]({picture})")
+    old, _, plot = old.partition(_PLOT)
+    sections = {text.partition("\n")[0]: f"### {text.strip()}" for text in old.split("### ")[1:]}
+    for name, run in runs.items():
+        if run["rows"]:
+            sections[name] = "\n\n".join(_section(name, run))
+    parts = list(sections.values())
+    if picture is not None or plot:
+        parts.append(f"{_PLOT}{plot.strip()}" if picture is None else f"{_PLOT}({picture})")
     page.write_text(f"{before}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}", encoding="utf-8")
 
 
 def _section(name: str, run: Mapping[str, Any]) -> Sequence[str]:
-    if not run["rows"]:
-        return []
     on = run["machine"]
     versions = ", ".join(f"{library} {version}" for library, version in on["versions"].items())
     size = "Quick run on tiny data: shows the form, says nothing about speed. " if run["quick"] else ""

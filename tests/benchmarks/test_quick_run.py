@@ -127,6 +127,9 @@ def test_results_reach_the_page(runs: Any, tmp_path: Path) -> None:
     assert all(f"### {name}" in first for name in NAMES)
     write_page(page, runs, picture="plot.svg")
     assert page.read_text(encoding="utf-8") == first
+    # A run of one benchmark leaves the tables of the others, and the plot, as they are.
+    write_page(page, {"tail": runs["tail"]}, picture=None)
+    assert page.read_text(encoding="utf-8") == first
 
 
 def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
