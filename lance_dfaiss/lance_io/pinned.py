@@ -65,6 +65,9 @@ _TAKE_ROWS = 16_384
 # Fragments whose live rows are asked for in one scan: each scan of its own costs about a quarter of a millisecond.
 _SCANNED_FRAGMENTS = 1_000
 
+# Times versions are listed while somebody cleans up.
+_LISTINGS = 5
+
 # Times a commit is tried when others commit something else at the same time.
 _COMMIT_ATTEMPTS = 5
 
@@ -615,7 +618,7 @@ class PinnedDataset:
             head = self._at(branch, None)
             if head is not None:
                 heads[branch] = head.version
-                places.update(((branch, int(entry["version"])), None) for entry in head.versions())
+                places.update(((branch, number), None) for number in _version_numbers(head))
         # Lance keeps what a tag names, so these are listed already; should it ever not, they count all the same.
         places.update(((tag["branch"], int(tag["version"])), None) for tag in tags.values())
         return heads, list(places)
@@ -637,3 +640,14 @@ class PinnedDataset:
             if "not found" in str(exc).lower():
                 return None
             raise
+
+
+def _version_numbers(head: LanceDataset) -> list[int]:
+    """List the versions of a branch; Lance fails over one that is cleaned up while it lists them."""
+    for _ in range(_LISTINGS - 1):
+        try:
+            return [int(entry["version"]) for entry in cast("Any", head).versions()]
+        except (OSError, ValueError) as exc:
+            if "not found" not in str(exc).lower():
+                raise
+    return [int(entry["version"]) for entry in cast("Any", head).versions()]
