@@ -19,6 +19,7 @@ from lance_dfaiss.errors import (
 )
 from lance_dfaiss.lance_io import PinnedDataset
 from tests.build import datasets
+from tests.support import gaussian, make_dataset
 
 
 def _packed(values: np.ndarray[Any, Any]) -> pa.Table:
@@ -148,3 +149,19 @@ def test_a_403_in_a_path_is_no_refusal(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(StorageError) as caught:
         create_index(dataset, "vector", "FLAT", "idx")
     assert type(caught.value) is StorageError
+
+
+def test_versions_are_listed_again_when_one_goes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = make_dataset(tmp_path / "d", gaussian(10, 4, 1))
+    dataset.delete("id = 1")
+    listed = lance.LanceDataset.versions
+    failures = iter([ValueError("Not found: _versions/18446744073709551614.manifest"), None])
+
+    def tripping(self: lance.LanceDataset) -> object:
+        failure = next(failures, None)
+        if failure is not None:
+            raise failure
+        return listed(self)
+
+    monkeypatch.setattr(lance.LanceDataset, "versions", tripping)
+    assert [version.version for version in PinnedDataset(dataset).every_version()] == [1, 2]
