@@ -70,7 +70,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.stamp-run: pyproject.toml | $(BIN)/python
-	$(PIP) -e .
+	$(PIP) -e '.[serve]'
 	@touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml | $(BIN)/python
@@ -82,5 +82,5 @@ $(VENV)/.stamp-docs: pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/.stamp-run
 
 $(VENV)/.stamp-bench: pyproject.toml | $(BIN)/python
-	$(PIP) -e '.[bench]'
+	$(PIP) -e '.[bench,serve]'
 	@touch $@ $(VENV)/.stamp-run

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import build, changing, filtered, memory, opening, search, shards
+from . import build, changing, filtered, memory, opening, search, serving, shards
 from .machine import machine
 from .plot import can_plot, draw
 from .report import Outcome, Row, load_runs, markdown_table, save_run, write_page
@@ -25,6 +25,8 @@ _BENCHMARKS: Mapping[str, Callable[[Settings], Outcome]] = {
     "refresh": changing.run_refresh,
     "update": changing.run_update,
     "tail": changing.run_tail,
+    "serve": serving.run,
+    "swap": serving.run_swap,
 }
 _DOCS = Path(__file__).parents[1] / "docs"
 _REPEATS = 5

@@ -6,6 +6,8 @@
     ├── InvalidArgument (ValueError)            a parameter's value cannot be used
     │   ├── InvalidQuery                        wrong dimension, NaN or Inf, zero under cosine
     │   ├── InvalidFilter                       a filter that Lance cannot parse or compute
+    │   │   ├── FilterRefused                   a server does not evaluate such a filter: length, depth, function
+    │   │   └── FilterTooCostly                 its evaluation took more time or memory than a server gives one
     │   ├── InvalidFactory                      a FAISS factory string that cannot be built or served
     │   └── UnsupportedColumn (TypeError)       the column is not a vector column we can index
     ├── UnknownColumn (LookupError)             no such column in the dataset
@@ -22,6 +24,16 @@
     ├── DatasetChanged (RuntimeError)           the rows behind the index are no longer what it covers
     ├── TailTooLarge (RuntimeError)             more rows are not indexed than a search may read
     ├── UntrustedLocation (PermissionError)     a pointer leads where it may not
+    ├── Unavailable (ConnectionError)           no server answers for a part of the index
+    ├── Overloaded (RuntimeError)               a server has as much waiting as it takes
+    ├── DeadlineExceeded (TimeoutError)         there was no answer in the time that the caller gave
+    ├── ProtocolError (ConnectionError)         bytes that are no frame, or a protocol version that is not spoken
+    ├── AccessDenied (PermissionError)          no right to do that: token, certificate, column, admin
+    ├── SnapshotGone (LookupError)              a server does not hold that snapshot (any more)
+    ├── ServerFailed (RuntimeError)             a server could not answer; its log has the traceback
+    ├── CannotServe (OSError)                   a server cannot start: the port is taken, TLS files are missing
+    ├── ClientUnusable (RuntimeError)           the client was closed, or the process has forked since
+    ├── ClusterFileInvalid (ValueError)         a cluster file that is not one; lists every problem
     ├── StorageError (OSError)                  reading or writing index files failed
     │   ├── ReadOnlyStorage (PermissionError)   the place for index files cannot be written
     │   └── StorageFull                         no space left, or over a size limit
@@ -44,13 +56,20 @@ import inspect
 from typing import Any
 
 __all__ = [
+    "AccessDenied",
     "BudgetExceeded",
+    "CannotServe",
+    "ClientUnusable",
+    "ClusterFileInvalid",
     "CommitConflict",
     "CorruptIndex",
     "CoverOverlap",
     "DatasetChanged",
+    "DeadlineExceeded",
     "DfaissError",
     "DigestMismatch",
+    "FilterRefused",
+    "FilterTooCostly",
     "IndexExists",
     "IndexNotFound",
     "InsufficientData",
@@ -64,12 +83,17 @@ __all__ = [
     "MissingFile",
     "ModelMismatch",
     "NoPreviousGeneration",
+    "Overloaded",
+    "ProtocolError",
     "ReadOnlyStorage",
     "RecallTooLow",
+    "ServerFailed",
+    "SnapshotGone",
     "StorageError",
     "StorageFull",
     "TailTooLarge",
     "TaskFailed",
+    "Unavailable",
     "UnknownColumn",
     "UnsupportedColumn",
     "UnsupportedFormat",
@@ -130,6 +154,14 @@ class InvalidQuery(InvalidArgument):
 
 class InvalidFilter(InvalidArgument):
     """A filter that Lance cannot parse or compute; its message is kept."""
+
+
+class FilterRefused(InvalidFilter):
+    """A server evaluates no such filter: too long, too deep, or a function or column that is not allowed."""
+
+
+class FilterTooCostly(InvalidFilter):
+    """Evaluating a filter took more time or memory than a server gives to one."""
 
 
 class InvalidFactory(InvalidArgument):
@@ -236,6 +268,62 @@ class UntrustedLocation(DfaissError, PermissionError):
     """A pointer leads outside the dataset root to a place that was not allowed."""
 
     location: str
+
+
+class Unavailable(DfaissError, ConnectionError):
+    """No server answers for a part of the index, or for all of it."""
+
+    groups: tuple[int, ...]
+    shards: tuple[str, ...]
+    coverage: float
+
+
+class Overloaded(DfaissError, RuntimeError):
+    """A server has as many queries waiting as it takes; nothing was searched."""
+
+    waiting: int
+    retry_after_seconds: float
+
+
+class DeadlineExceeded(DfaissError, TimeoutError):
+    """There was no answer within the time that the caller gave."""
+
+    seconds: float
+
+
+class ProtocolError(DfaissError, ConnectionError):
+    """The other side sent bytes that are no frame, or speaks another version of the protocol."""
+
+
+class AccessDenied(DfaissError, PermissionError):
+    """A wrong token, an untrusted certificate, or no right to see a column or to do what was asked."""
+
+
+class SnapshotGone(DfaissError, LookupError):
+    """A server does not hold the snapshot that was asked for: not yet, or not any more."""
+
+    snapshot: str
+
+
+class ServerFailed(DfaissError, RuntimeError):
+    """A server could not answer, for a reason that is none of this package's errors; its log has the traceback."""
+
+    server: int
+
+
+class CannotServe(DfaissError, OSError):
+    """A server cannot start: its port is taken, or the files for TLS or tokens are not usable."""
+
+
+class ClientUnusable(DfaissError, RuntimeError):
+    """The client was closed, or its process has forked: a child needs a client of its own."""
+
+
+class ClusterFileInvalid(DfaissError, ValueError):
+    """A cluster file is missing, half-written or breaks its schema."""
+
+    location: str
+    problems: tuple[str, ...]
 
 
 class StorageError(DfaissError, OSError):

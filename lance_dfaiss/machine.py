@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["usable_cores", "usable_memory_bytes"]
+__all__ = ["resident_bytes", "usable_cores", "usable_memory_bytes"]
 
 # cgroup v2, then v1; the second says a number near 2**63 for "no limit".
 _LIMIT_FILES = ("memory.max", "memory/memory.limit_in_bytes")
+
+
+def resident_bytes() -> int:
+    """Return the bytes of RAM that this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def usable_cores() -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Protocol, TypeVar
 
-from ..engine import use_threads
+from ..engine import limit_threads
 from ..errors import DfaissError, TaskFailed
 from ..machine import usable_cores
 from ..manifest import ShardTask
@@ -78,7 +78,7 @@ class LocalRunner:
 
 def _run_threads(work: Work[R], tasks: Sequence[ShardTask], workers: int) -> Iterator[R]:
     share = max(usable_cores() // workers, 1)
-    with ThreadPoolExecutor(workers, "dfaiss-build", initializer=use_threads, initargs=(share,)) as pool:
+    with ThreadPoolExecutor(workers, "dfaiss-build", initializer=limit_threads, initargs=(share,)) as pool:
         waiting = {pool.submit(_attempt, work, task, worker=f"local thread of {workers}") for task in tasks}
         try:
             while waiting:

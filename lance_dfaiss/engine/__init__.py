@@ -5,12 +5,12 @@ reads them, `segment` searches them, `rearrange` makes one shard of several. Not
 """
 
 from .encoder import ShardEncoder
-from .factory import Capability, capability_table, footprint, split_factory, validate_factory
+from .factory import Capability, capability_table, footprint, split_factory, table_bytes, validate_factory
 from .files import load_model, load_shard, save_model, save_shard
 from .mask import Mask
-from .model import Model, check_trainable, prepare, train_model, use_threads
+from .model import Model, check_trainable, limit_threads, prepare, train_model
 from .rearrange import rearrange
-from .segment import CodeStage, Probed, Segment, flat_segment, merge_shards
+from .segment import CodeStage, Probed, Segment, empty_segment, flat_segment, merge_shards
 
 __all__ = [
     "Capability",
@@ -22,8 +22,10 @@ __all__ = [
     "ShardEncoder",
     "capability_table",
     "check_trainable",
+    "empty_segment",
     "flat_segment",
     "footprint",
+    "limit_threads",
     "load_model",
     "load_shard",
     "merge_shards",
@@ -32,7 +34,7 @@ __all__ = [
     "save_model",
     "save_shard",
     "split_factory",
+    "table_bytes",
     "train_model",
-    "use_threads",
     "validate_factory",
 ]

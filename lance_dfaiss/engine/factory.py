@@ -18,7 +18,7 @@ from ..errors import InvalidFactory
 from ..plan import FactoryParts, RowCost
 from ..types import Metric, Refine
 
-__all__ = ["Capability", "capability_table", "footprint", "split_factory", "validate_factory"]
+__all__ = ["Capability", "capability_table", "footprint", "split_factory", "table_bytes", "validate_factory"]
 
 Family = Literal["flat", "ivf", "hnsw"]
 
@@ -181,6 +181,27 @@ def footprint(factory: str, dim: int, metric: Metric, refine: Refine | None) -> 
         link_bytes=int(inner.hnsw.nb_neighbors(0)) * 4 + 16 if family == "hnsw" else 0,
         fixed_bytes=int(inner.nlist) * int(inner.d) * 4 if family == "ivf" else 0,
     )
+
+
+def table_bytes(factory: str, dim: int, metric: Metric) -> int:
+    """Return the bytes of the table of distances that FAISS makes beside the lists of this index, once a copy of it.
+
+    Only 8-bit product codes of what is left after the centroid have one, under l2, and not where it would be huge.
+
+    Parameters
+    ----------
+    factory : str
+        Searchable part.
+    dim : int
+        Dimension of the vectors.
+    metric : str
+        ``"l2"``, ``"cosine"`` or ``"dot"``.
+    """
+    ivf = ivf_of(empty_index(factory, dim, metric))
+    if not isinstance(ivf, faiss.IndexIVFPQ) or metric != "l2" or not ivf.by_residual:
+        return 0
+    size = int(ivf.nlist) * int(ivf.pq.M) * int(ivf.pq.ksub) * 4
+    return size if size <= int(faiss.cvar.precomputed_table_max_bytes) else 0
 
 
 def empty_index(factory: str, dim: int, metric: Metric) -> Any:

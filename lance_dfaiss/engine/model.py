@@ -21,7 +21,7 @@ from ..spec import ResolvedSpec
 from ..types import Float32Array, Metric, Refine
 from .factory import Capability, capability_of, empty_index, faiss_metric, inner_index, ivf_of, kind_of
 
-__all__ = ["Model", "check_trainable", "prepare", "train_model", "use_threads"]
+__all__ = ["Model", "check_trainable", "limit_threads", "prepare", "train_model"]
 
 # Residual error is measured on this many rows: enough for three digits, cheap beside training.
 _ERROR_ROWS = 16_384
@@ -393,6 +393,15 @@ def _digest(*arrays: np.ndarray[Any, Any]) -> str:
     return seal.hexdigest()
 
 
-def use_threads(count: int) -> None:
-    """Limit FAISS in the calling thread to so many cores; other threads keep theirs."""
+def limit_threads(count: int) -> None:
+    """Limit FAISS in the calling thread to so many cores.
+
+    OpenMP keeps this number per thread: threads that run, and those that are started afterwards, keep theirs. So
+    every thread that searches has to call this itself.
+
+    Parameters
+    ----------
+    count : int
+        At least 1.
+    """
     faiss.omp_set_num_threads(count)

@@ -21,7 +21,7 @@ from .mask import Mask
 from .model import Model
 from .ranges import RangeSearcher, exact_queries, probed_lists
 
-__all__ = ["CodeStage", "Probed", "Segment", "flat_segment", "merge_shards"]
+__all__ = ["CodeStage", "Probed", "Segment", "empty_segment", "flat_segment", "merge_shards"]
 
 # Results taken beyond k where FAISS gets L2 from lengths and products, before distances are computed again: rounding
 # at the border of the first k then pushes nothing out.
@@ -139,7 +139,7 @@ class Segment:
 
     @property
     def ram_bytes(self) -> int:
-        """Bytes of codes, ids, links and centroids, without allocator slack."""
+        """Bytes of codes, ids, links, centroids, codebooks and tables of distances, without allocator slack."""
         refine = 0 if self._refine is None else int(self._refine.codes.size())
         return _payload_bytes(self._base) + refine
 
@@ -385,6 +385,11 @@ class Segment:
         return finals
 
 
+def empty_segment(model: Model) -> Segment:
+    """Return a segment without positions; it tells what those of a model can do."""
+    return Segment(model, model.base, model.refine, 0)
+
+
 def flat_segment(model: Model, vectors: Float32Array) -> Segment:
     """Return an exact segment over vectors, with the metric of a model.
 
@@ -495,7 +500,11 @@ def _untransformed(base: Any) -> Any:
 def _payload_bytes(base: Any) -> int:
     ivf = ivf_of(base)
     if ivf is not None:
-        return int(ivf.ntotal) * (int(ivf.code_size) + 8) + int(ivf.nlist) * int(ivf.d) * 4
+        rows = int(ivf.ntotal) * (int(ivf.code_size) + 8)
+        floats = int(ivf.nlist) * int(ivf.d)
+        if isinstance(ivf, (faiss.IndexIVFPQ, faiss.IndexIVFPQFastScan)):
+            floats += int(ivf.pq.centroids.size()) + int(ivf.precomputed_table.size())
+        return rows + 4 * floats
     inner = _untransformed(base)
     if hasattr(inner, "hnsw"):
         links = int(inner.hnsw.neighbors.size()) * 4

@@ -44,6 +44,8 @@ class ColumnsInMemory:
         The version.
     columns : sequence of str
         Columns to keep; of a nested one the whole struct is kept.
+    fragment_ids : sequence of int, optional
+        Whose rows to keep; all by default. Other rows never match.
 
     Raises
     ------
@@ -51,9 +53,12 @@ class ColumnsInMemory:
         If there is no such column.
     """
 
-    def __init__(self, pinned: PinnedDataset, columns: Sequence[str]) -> None:
+    def __init__(
+        self, pinned: PinnedDataset, columns: Sequence[str], fragment_ids: Sequence[int] | None = None
+    ) -> None:
         for name in columns:
             arrow_field(pinned.lance.schema, name)
+        self._fragment_ids = None if fragment_ids is None else list(fragment_ids)
         self._hold(pinned, list(dict.fromkeys(name.split(".")[0] for name in columns)))
 
     def _hold(self, pinned: PinnedDataset, wanted: list[str]) -> None:
@@ -71,22 +76,34 @@ class ColumnsInMemory:
         with lance_errors(pinned.uri):
             # Lance hands out deleted rows only with row ids, which tell them by a null; all rows come in order.
             table = pinned.lance.scanner(
-                columns=columns, with_row_id=True, include_deleted_rows=True, scan_in_order=True
+                columns=columns,
+                with_row_id=True,
+                include_deleted_rows=True,
+                scan_in_order=True,
+                fragments=None if self._fragment_ids is None else pinned.fragments_of(self._fragment_ids),
             ).to_table()
             kept = table.select(columns)
             self._held = lance.write_dataset(kept, f"memory://{uuid.uuid4().hex}", max_rows_per_file=_HELD_ROWS)
-        fragments = [(f.fragment_id, f.metadata.physical_rows) for f in pinned.lance.get_fragments()]
+        wanted_fragments = (
+            pinned.lance.get_fragments() if self._fragment_ids is None else pinned.fragments_of(self._fragment_ids)
+        )
+        fragments = [(f.fragment_id, f.metadata.physical_rows) for f in wanted_fragments]
         ranges = [np.arange(i << 32, (i << 32) + rows, dtype=np.uint64) for i, rows in fragments]
         self._addresses = np.concatenate([self._addresses, *ranges])
         self.ram_bytes = int(kept.nbytes + self._addresses.nbytes)
 
     def at(self, pinned: PinnedDataset) -> ColumnsInMemory:
         """Return the columns at another version, as far as it has them; themselves, if nothing was written there."""
-        if _state_of(pinned) == self._state:
+        if self.serves(pinned):
             return self
         moved = ColumnsInMemory.__new__(ColumnsInMemory)
+        moved._fragment_ids = self._fragment_ids
         moved._hold(pinned, self._wanted)
         return moved
+
+    def serves(self, pinned: PinnedDataset) -> bool:
+        """Tell whether another version differs in nothing but deleted rows."""
+        return _state_of(pinned) == self._state
 
     def matching(self, filter_sql: str) -> UInt64Array | None:
         """Return the addresses of rows that a filter matches, deleted ones among them, uint64 ``(n,)``.

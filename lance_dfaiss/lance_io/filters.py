@@ -25,6 +25,9 @@ _FILTER_BATCH_ROWS = 32_768
 
 _FILTER_READAHEAD = 4
 
+# All that Lance says where its planner came upon a part of SQL that it has no code for ($1, :name, N'text').
+_PANIC = "Task was aborted"
+
 
 def matching_rows(dataset: LanceDataset, filter_sql: str, fragments: list[Any] | None, uri: str) -> UInt64Array:
     """Return the addresses of the live rows that match; see `PinnedDataset.matching`."""
@@ -55,5 +58,11 @@ def matching_rows(dataset: LanceDataset, filter_sql: str, fragments: list[Any] |
             f"Lance cannot use the filter {filter_sql!r}: {said}", parameter="filter", value=filter_sql
         ) from exc
     except (OSError, RuntimeError) as exc:
+        if str(exc) == _PANIC:
+            raise InvalidFilter(
+                f"Lance gave up on the filter {filter_sql!r}: it holds something that Lance has not implemented",
+                parameter="filter",
+                value=filter_sql,
+            ) from exc
         raise StorageError(f"Lance could not read {uri}: {first_line(exc)}", location=uri) from exc
     return cast("UInt64Array", table[ADDRESS_COLUMN].to_numpy())

@@ -165,6 +165,29 @@ class PinnedDataset:
         """Table metadata of this version."""
         return cast("Mapping[str, str]", self._dataset.metadata)
 
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """Names of the columns of this version, nested ones by their root."""
+        return tuple(self._dataset.schema.names)
+
+    def at_version(self, version: int) -> PinnedDataset:
+        """Pin another version of the same branch.
+
+        Raises
+        ------
+        InvalidArgument
+            If there is no such version.
+        """
+        found = self._at_same_branch(version)
+        if found is None:
+            raise InvalidArgument(
+                f"{self.uri} has no version {version}; the newest is {self.latest().version}",
+                remedy="It may have been cleaned up",
+                parameter="version",
+                value=version,
+            )
+        return PinnedDataset(found)
+
     def vector_column(self, name: str, *, dim_of_lists: int | None = None) -> VectorColumn:
         """Look up a vector column.
 
@@ -276,9 +299,37 @@ class PinnedDataset:
             With Lance's message, if it cannot be parsed or computed.
         UnknownColumn
             If it names a column that does not exist.
+        StorageError
+            If it cannot be read, or one of the fragments is not of this version.
         """
-        fragments = None if fragment_ids is None else [self._fragment(i) for i in fragment_ids]
+        fragments = None if fragment_ids is None else self.fragments_of(fragment_ids)
         return matching_rows(self._dataset, filter_sql, fragments, self.uri)
+
+    def fragments_of(self, fragment_ids: Sequence[int]) -> list[Any]:
+        """Return Lance's handles of some fragments.
+
+        Raises
+        ------
+        StorageError
+            If one is not of this version.
+        """
+        found = [self._fragment(i) for i in fragment_ids]
+        for fragment_id, fragment in zip(fragment_ids, found, strict=True):
+            if fragment is None:
+                raise StorageError(
+                    f"version {self.version} of {self.uri} has no fragment {fragment_id}", location=self.uri
+                )
+        return found
+
+    def deleted_addresses(self, fragment_ids: Sequence[int] | None = None) -> UInt64Array:
+        """Return the addresses of deleted rows of some fragments (all by default), uint64 ``(n,)``."""
+        everything = self._dataset.get_fragments() if fragment_ids is None else self.fragments_of(fragment_ids)
+        thinned = {f.fragment_id: f.metadata.physical_rows for f in everything if f.metadata.deletion_file}
+        parts = [np.zeros(0, dtype=np.uint64)]
+        for fragment_id, live in self.live_offsets_of(list(thinned)).items():
+            gone = np.setdiff1d(np.arange(thinned[fragment_id]), live, assume_unique=True)
+            parts.append(gone.astype(np.uint64) + (np.uint64(fragment_id) << np.uint64(32)))
+        return np.concatenate(parts)
 
     def row_versions(self, fragment_ids: Sequence[int]) -> tuple[UInt64Array, UInt64Array, UInt64Array]:
         """Return row id, address and last version of every live row of some fragments, uint64 ``(n,)`` each.
@@ -630,6 +681,15 @@ class PinnedDataset:
         return VersionMetadata(
             branch=place[0], version=place[1], metadata=cast("Mapping[str, str]", found.metadata), newest=False
         )
+
+    def _at_same_branch(self, version: int) -> LanceDataset | None:
+        try:
+            with lance_errors(self.uri):
+                return self._dataset.checkout_version(version)
+        except StorageError as exc:
+            if "not found" in str(exc).lower():
+                return None
+            raise
 
     def _at(self, branch: str | None, version: int | None) -> LanceDataset | None:
         """Return a handle at a version of a branch (None: main, the newest), or None if it went meanwhile."""

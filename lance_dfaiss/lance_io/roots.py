@@ -6,18 +6,24 @@ from pathlib import Path
 
 from lance import LanceDataset
 
-__all__ = ["local_path", "main_root"]
+__all__ = ["branch_of", "local_path", "main_root"]
 
 
 def main_root(dataset: LanceDataset) -> str:
     """Return the root of the main branch: a branch's handle lies in ``<root>/tree/<branch>``."""
     uri = dataset.uri.rstrip("/")
-    if "/tree/" not in uri:
-        return _absolute(uri)
-    for branch in dataset.branches.list():
-        if uri.endswith(f"/tree/{branch}"):
-            return _absolute(uri.removesuffix(f"/tree/{branch}"))
-    return _absolute(uri)
+    branch = branch_of(dataset)
+    return _absolute(uri if branch is None else uri.removesuffix(f"/tree/{branch}"))
+
+
+def branch_of(dataset: LanceDataset) -> str | None:
+    """Return the branch that a handle is on, None for the main one."""
+    uri = dataset.uri.rstrip("/")
+    if "/tree/" in uri:
+        for branch in dataset.branches.list():
+            if uri.endswith(f"/tree/{branch}"):
+                return str(branch)
+    return None
 
 
 def _absolute(uri: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..errors import InvalidArgument, StorageError
+from ..errors import InvalidArgument
 from ..lance_io import ColumnsInMemory, LanceDataset, PinnedDataset, open_dataset
 from ..manifest import Manifest, SkipCounts
 from ..pointers import find_pointer
@@ -41,11 +41,12 @@ from .arguments import (
     padded,
     too_many_results,
 )
-from .load import Generation, in_order, load_segments, read_generation, reusable
+from .load import Generation, in_order, is_model_of, load_model_of, load_segments, read_generation, reusable
+from .portion import Portion
 from .resolve import resolve_generation
 from .tail import MAX_TAIL_BYTES, MAX_TAIL_ROWS, TailLimits
 from .trace import Explanation, Trace
-from .view import View, Widths
+from .view import Sift, View
 
 __all__ = ["Index", "IndexStats", "open_index", "open_view"]
 
@@ -183,8 +184,13 @@ def open_view(
     columns: ColumnsInMemory | None = None,
     before: View | None = None,
     progress: Progress | None = None,
+    portion: Portion | None = None,
+    sift: Sift | None = None,
 ) -> View:
     """Resolve a generation at a version, and load the shards that are not in RAM yet.
+
+    With a portion, only its shards are loaded, and only its rows are answered for. A segment in RAM that also holds
+    shards which another portion owned is used again where at least half of its positions are still wanted.
 
     Parameters
     ----------
@@ -200,11 +206,19 @@ def open_view(
         Of another version or generation of the same index; what both have is shared.
     progress : Progress, optional
         Listener.
+    portion : Portion, optional
+        The part of the index to answer for; all by default.
+    sift : callable, optional
+        Evaluates filters: from SQL to the addresses, uint64 ``(n,)``, of the live rows that match; those of other
+        fragments than ``View.fragment_ids`` may be left out. By default the dataset does.
     """
-    held = [] if before is None else reusable(generation, before.loaded)
-    records = in_order(generation, held)
+    if portion is not None:
+        portion.check(generation.records)
+    owns = None if portion is None else portion.owns
+    held = [] if before is None else reusable(generation, before.loaded, owns)
+    records = in_order(generation, held, owns)
     resolution = resolve_generation(
-        pinned, generation, records=records, before=None if before is None else before.resolution
+        pinned, generation, records=records, before=None if before is None else before.resolution, portion=portion
     )
     waiting = records[sum(len(loaded.shards) for loaded in held) :]
     meter = PhaseMeter(
@@ -212,7 +226,10 @@ def open_view(
         "load",
         sum(record.cover.physical_rows for record in waiting),
     )
-    loaded = load_segments(generation, meter, held)
+    model = None if before is None or not is_model_of(generation, before.model) else before.model
+    if model is None and not records:
+        model = load_model_of(generation)
+    loaded = load_segments(generation, meter, held, owns=owns, model=model)
     meter.finish()
     if resolution.unsaved_rows and (before is None or not before.resolution.unsaved_rows):
         _log.warning(
@@ -221,7 +238,18 @@ def open_view(
             generation.manifest.name,
             resolution.unsaved_rows,
         )
-    return View(pinned, generation, resolution, loaded, limits, columns=columns, before=before)
+    return View(
+        pinned,
+        generation,
+        resolution,
+        loaded,
+        limits,
+        columns=columns,
+        before=before,
+        model=model,
+        portion=portion,
+        sift=sift,
+    )
 
 
 class Index:
@@ -369,7 +397,7 @@ class Index:
         k = checked_k(k)
         if len(array) * k > MAX_RESULTS:
             raise too_many_results(len(array), k)
-        widths = self._widths(view, nprobe, ef, k_factor)
+        widths = view.widths(nprobe, ef, k_factor)
         selection = view.select(checked_filter(filter), include_tail=include_tail and not fast_search)
         distances, row_ids = view.knn(array, k, widths, selection)
         return (distances, row_ids) if distances.shape[1] == k else padded(distances, row_ids, k)
@@ -419,7 +447,7 @@ class Index:
         """
         view = self._view
         array, single = as_queries(query, view.model.spec.dim, view.metric)
-        widths = self._widths(view, nprobe, ef, k_factor)
+        widths = view.widths(nprobe, ef, k_factor)
         wanted = _with_vectors(view, checked_columns(columns), with_vectors)
         k = checked_k(k)
         if len(array) * min(k, max(view.rows, 1)) > MAX_RESULTS:
@@ -476,7 +504,7 @@ class Index:
                 parameter="query",
                 value=array.shape,
             )
-        _refuse_meaningless(view, SearchOptions(nprobe=nprobe))
+        view.widths(nprobe, None, None)
         wanted = _with_vectors(view, checked_columns(columns), with_vectors)
         radius = checked_radius(radius, view.metric)
         selection = view.select(checked_filter(filter), include_tail=include_tail and not fast_search)
@@ -510,7 +538,7 @@ class Index:
         """
         view, trace = self._view, Trace()
         array, single = as_queries(query, view.model.spec.dim, view.metric)
-        widths = self._widths(view, nprobe, ef, k_factor)
+        widths = view.widths(nprobe, ef, k_factor)
         wanted = checked_columns(columns)
         k = checked_k(k)
         start = time.perf_counter()
@@ -585,43 +613,6 @@ class Index:
             defaults=view.defaults,
         )
 
-    def _widths(self, view: View, nprobe: int | None, ef: int | None, k_factor: int | None) -> Widths:
-        if nprobe is None and ef is None and k_factor is None:
-            return view.default_widths
-        asked = SearchOptions(nprobe=nprobe, ef=ef, k_factor=k_factor)
-        _refuse_meaningless(view, asked)
-        default = view.default_widths
-        return Widths(
-            asked.nprobe or default.nprobe,
-            asked.ef or default.ef,
-            asked.k_factor or default.k_factor,
-            fixed=asked.nprobe is not None or asked.ef is not None,
-        )
-
-
-def _refuse_meaningless(view: View, asked: SearchOptions) -> None:
-    spec = view.generation.manifest.spec
-    lists = spec.num_partitions
-    if asked.nprobe is not None and view.family == "ivf" and asked.nprobe > lists:
-        raise InvalidArgument(
-            f"nprobe must be between 1 and the {lists} partitions of this index, not {asked.nprobe}",
-            parameter="nprobe",
-            value=asked.nprobe,
-        )
-    for parameter, works, needs in (
-        ("nprobe", view.family == "ivf", "an IVF index"),
-        ("ef", view.family == "hnsw", "an HNSW index"),
-        ("k_factor", spec.refine is not None, "a refine store"),
-    ):
-        value = getattr(asked, parameter)
-        if value is not None and not works:
-            raise InvalidArgument(
-                f"{parameter}={value} was given, but it needs {needs} and this is {spec.factory!r} without",
-                remedy=f"Leave {parameter} out",
-                parameter=parameter,
-                value=value,
-            )
-
 
 def _with_vectors(
     view: View, columns: list[str] | dict[str, str] | None, with_vectors: bool
@@ -654,7 +645,7 @@ def _table(
     arrays: list[Any] = [pa.array(flat_distances, pa.float32()), pa.array(flat_ids, pa.uint64())]
     fields = [pa.field(DISTANCE_COLUMN, pa.float32()), pa.field(ROW_ID_COLUMN, pa.uint64())]
     if columns is None or len(columns):
-        fetched = _fetch(view, flat_ids, columns)
+        fetched = view.fetch(flat_ids, columns)
         kept = [name for name in fetched.schema.names if name not in OWN_COLUMNS]
         arrays = [fetched.column(name) for name in kept] + arrays
         fields = [fetched.schema.field(name) for name in kept] + fields
@@ -665,34 +656,12 @@ def _table(
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
 
-def _fetch(view: View, row_ids: UInt64Array, columns: list[str] | dict[str, str] | None) -> pa.Table:
-    try:
-        return view.pinned.fetch(row_ids, columns)
-    except StorageError as exc:
-        if columns is None or not _is_projection_error(exc.__cause__, columns):
-            raise
-        raise InvalidArgument(
-            f"these columns cannot be fetched: {exc.message}",
-            remedy="Name columns of the dataset, or give SQL expressions over them",
-            parameter="columns",
-            value=columns,
-        ) from exc
-
-
 def _limit(parameter: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
         raise InvalidArgument(
             f"{parameter} must be a whole number of at least 0, not {value!r}", parameter=parameter, value=value
         )
     return int(value)
-
-
-def _is_projection_error(cause: BaseException | None, columns: list[str] | dict[str, str]) -> bool:
-    """Tell whether Lance refused the columns, or failed to compute an expression, rather than to read."""
-    if not isinstance(cause, ValueError):
-        return False
-    # Lance raises one class for all of it; only its words tell a division by zero from a missing file.
-    return "Invalid user input" in str(cause) or (isinstance(columns, dict) and "LanceError(Arrow)" in str(cause))
 
 
 def _default_recall(manifest: Manifest) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,16 @@ __all__ = [
     "Generation",
     "LoadedSegment",
     "in_order",
+    "is_model_of",
     "load_model_of",
     "load_segments",
     "read_generation",
     "reusable",
 ]
 
+
+Owns = Callable[[ShardRecord], bool]
+"""Whether a process answers for a shard."""
 
 # Segments of a type that merges that may come together by refreshing, and how many then stay as they are.
 _MAX_SEGMENTS = 8
@@ -111,28 +115,53 @@ class LoadedSegment:
     shards: tuple[str, ...]
 
 
-def reusable(generation: Generation, held: Sequence[LoadedSegment]) -> list[LoadedSegment]:
+def reusable(generation: Generation, held: Sequence[LoadedSegment], owns: Owns | None = None) -> list[LoadedSegment]:
     """Return the loaded segments to go on with: those all of whose shards belong to a generation.
 
     Every search looks into every segment. So where updates have left many of a type that merges, only the
     largest are kept: the shards of the others are loaded again, as one.
+
+    Merged shards cannot be parted again. Of a segment that holds shards which are not owned any more, their rows are
+    not live, but take memory and time; so it is kept only while at least half of its positions are owned. Otherwise
+    what is owned of it is loaded anew.
+
+    Parameters
+    ----------
+    generation : Generation
+        What is to be loaded.
+    held : sequence of LoadedSegment
+        In RAM.
+    owns : callable, optional
+        Whether a shard is wanted; all are by default.
     """
-    names = {_shard_name(generation, record) for record in generation.records}
-    kept = [loaded for loaded in held if names.issuperset(loaded.shards)]
+    by_name = {_shard_name(generation, record): record for record in generation.records}
+    kept = [loaded for loaded in held if by_name.keys() >= set(loaded.shards)]
+    if owns is not None:
+        kept = [loaded for loaded in kept if _half_owned([by_name[name] for name in loaded.shards], owns)]
     if len(kept) < _MAX_SEGMENTS or not kept[0].segment.capability.mergeable:
         return kept
     largest = sorted(kept, key=lambda loaded: loaded.segment.positions, reverse=True)[:_KEPT_SEGMENTS]
     return [loaded for loaded in kept if loaded in largest]
 
 
-def in_order(generation: Generation, held: Sequence[LoadedSegment]) -> list[ShardRecord]:
-    """Return the shards of a generation as `load_segments` lays them out: those already loaded first."""
+def in_order(generation: Generation, held: Sequence[LoadedSegment], owns: Owns | None = None) -> list[ShardRecord]:
+    """Return the shards of a generation as `load_segments` lays them out: those already loaded first.
+
+    Of the others only those that are owned.
+    """
     by_name = {_shard_name(generation, record): record for record in generation.records}
     first = [by_name.pop(name) for loaded in held for name in loaded.shards]
-    return [*first, *by_name.values()]
+    return [*first, *(record for record in by_name.values() if owns is None or owns(record))]
 
 
-def load_segments(generation: Generation, meter: PhaseMeter, held: Sequence[LoadedSegment] = ()) -> list[LoadedSegment]:
+def load_segments(
+    generation: Generation,
+    meter: PhaseMeter,
+    held: Sequence[LoadedSegment] = (),
+    *,
+    owns: Owns | None = None,
+    model: engine.Model | None = None,
+) -> list[LoadedSegment]:
     """Load shards into RAM, merged as far as their type allows.
 
     One shard at a time: at the most, the merged index and the largest shard are in RAM together.
@@ -145,6 +174,10 @@ def load_segments(generation: Generation, meter: PhaseMeter, held: Sequence[Load
         Told of rows and bytes.
     held : sequence of LoadedSegment
         From `reusable`: their shards are not loaded again.
+    owns : callable, optional
+        Whether a shard is wanted, as for `in_order`.
+    model : Model, optional
+        That of the generation, if it is in RAM already.
 
     Returns
     -------
@@ -156,17 +189,26 @@ def load_segments(generation: Generation, meter: PhaseMeter, held: Sequence[Load
     CorruptIndex
         If a file is missing or damaged; nothing unverified has reached FAISS.
     """
-    records = in_order(generation, held)[sum(len(loaded.shards) for loaded in held) :]
+    records = in_order(generation, held, owns)[sum(len(loaded.shards) for loaded in held) :]
     if not records:
         return list(held)
     # A model in RAM serves all shards of its fingerprint, whichever generation they lie in.
-    model = held[0].segment.model if held else load_model_of(generation)
+    if held:
+        model = held[0].segment.model
+    elif model is None:
+        model = load_model_of(generation)
     positions = sum(record.cover.physical_rows for record in records)
     merged = engine.merge_shards(model, _shards(generation, records, model, meter), positions=positions)
     names = [_shard_name(generation, record) for record in records]
     if len(merged) == 1:
         return [*held, LoadedSegment(merged[0][1], tuple(names))]
     return [*held, *(LoadedSegment(part[1], (name,)) for part, name in zip(merged, names, strict=True))]
+
+
+def is_model_of(generation: Generation, model: engine.Model) -> bool:
+    """Tell whether a model in RAM is that of a generation."""
+    manifest = generation.manifest
+    return model.fingerprint == manifest.model.fingerprint and model.spec == manifest.spec
 
 
 def load_model_of(generation: Generation) -> engine.Model:
@@ -179,6 +221,11 @@ def load_model_of(generation: Generation) -> engine.Model:
     """
     manifest = generation.manifest
     return engine.load_model(generation.store, manifest.model.file, manifest.spec, manifest.model.fingerprint)
+
+
+def _half_owned(records: Sequence[ShardRecord], owns: Owns) -> bool:
+    owned = sum(record.cover.physical_rows for record in records if owns(record))
+    return any(map(owns, records)) and 2 * owned >= sum(record.cover.physical_rows for record in records)
 
 
 def _shard_name(generation: Generation, record: ShardRecord) -> str:

@@ -36,6 +36,7 @@ class RunMap:
         # Two's complement wraps around, so signed sums give the right unsigned numbers.
         self._shift = first_numbers.view(np.int64) - first_positions
         self._by_number = np.argsort(first_numbers, kind="stable")
+        self._ascending = first_numbers[self._by_number]
 
     @classmethod
     def of_rows(cls, positions: Int64Array, numbers: UInt64Array) -> RunMap:
@@ -76,8 +77,7 @@ class RunMap:
         """
         if not len(self._positions):
             return np.full(len(numbers), -1, dtype=np.int64)
-        order = self._by_number
-        run = order[np.maximum(np.searchsorted(self._numbers[order], numbers, side="right") - 1, 0)]
+        run = self._by_number[np.maximum(np.searchsorted(self._ascending, numbers, side="right") - 1, 0)]
         ahead = numbers - self._numbers[run]  # unsigned: a row id can be 2**63 and more
         inside = (numbers >= self._numbers[run]) & (ahead < self._lengths[run].astype(np.uint64))
         return np.where(inside, self._positions[run] + ahead.astype(np.int64), -1)
@@ -90,7 +90,8 @@ class RunMap:
     @property
     def ram_bytes(self) -> int:
         """Bytes of the runs."""
-        return sum(int(a.nbytes) for a in (self._positions, self._numbers, self._lengths, self._shift, self._by_number))
+        held = (self._positions, self._numbers, self._lengths, self._shift, self._by_number, self._ascending)
+        return sum(int(array.nbytes) for array in held)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,8 +143,8 @@ class Places:
         """Row address of the first row of each run."""
         return row_addresses(self.fragment_ids, self.offsets)
 
-    def select(self, chosen: NDArray[np.bool_]) -> Places:
-        """Return some of the runs."""
+    def select(self, chosen: NDArray[np.bool_] | Int64Array | slice) -> Places:
+        """Return some of the runs: those marked, numbered, or in a range."""
         return Places(*(column[chosen] for column in self.columns))
 
     def in_fragments(self, fragment_ids: Iterable[int]) -> Places:
@@ -229,6 +230,27 @@ class Places:
         ends[last] = self.positions + self.lengths
         ahead = starts - self.positions[run]
         return Places(starts, self.fragment_ids[run], self.offsets[run] + ahead, ends - starts)
+
+    def shifted(self, by: int) -> Places:
+        """Return the same rows at positions that are so much higher."""
+        return Places(self.positions + by, self.fragment_ids, self.offsets, self.lengths)
+
+    def parts(self, sizes: Sequence[int]) -> list[Places]:
+        """Return the rows of consecutive parts, each with positions of its own from 0.
+
+        Parameters
+        ----------
+        sizes : sequence of int
+            Positions of each part.
+        """
+        ends = np.cumsum(np.array(sizes, dtype=np.int64))
+        firsts = ends - np.array(sizes, dtype=np.int64)
+        inside = Places.join([self]).cut(firsts)
+        starts, stops = (np.searchsorted(inside.positions, borders).tolist() for borders in (firsts, ends))
+        return [
+            inside.select(slice(start, stop)).shifted(-first)
+            for start, stop, first in zip(starts, stops, firsts.tolist(), strict=True)
+        ]
 
     def disjoint(self) -> Places:
         """Return the same rows, no position and no address twice; the first run in order wins."""

@@ -15,15 +15,20 @@ from ..plan import FragmentState
 from ..types import Int64Array
 from .lineage import apply_rewrites, find_rewrites
 from .load import Generation
+from .others import Counted, deletions_key, rows_by_group
 from .places import Places, split_addresses
+from .portion import Portion
 from .snapshot import (
+    Layout,
     Located,
     Snapshot,
+    covered_rows,
     fragments_to_read,
     live_rows_of,
     locate,
     match_row_ids,
     new_remaps,
+    placed,
     settle,
 )
 
@@ -43,13 +48,17 @@ class Resolution:
     column : VectorColumn
         The vector column as it is now.
     records : tuple of ShardRecord
-        Shards in order of position.
+        Shards in order of position; in that of the manifest, where a process answers for a part of them.
     covers : tuple of Cover
         Their covers, with the remaps that hold at this version.
     unsaved_rows : int
         Live rows that were found through a compaction which no record tells of yet.
     live_offsets : dict
         int64 offsets of live rows by fragment and name of its deletions, for the next version to use again.
+    rows_by_group : tuple of int
+        Rows that can be found, of each group of shards.
+    counted : mapping
+        What was counted of other groups, for the next version to use again.
     """
 
     snapshot: Snapshot
@@ -58,6 +67,8 @@ class Resolution:
     covers: tuple[Cover, ...]
     unsaved_rows: int
     live_offsets: LiveOffsets
+    rows_by_group: tuple[int, ...]
+    counted: Counted
 
 
 def resolve_generation(
@@ -66,8 +77,12 @@ def resolve_generation(
     *,
     records: Sequence[ShardRecord] | None = None,
     before: Resolution | None = None,
+    portion: Portion | None = None,
 ) -> Resolution:
     """Resolve a generation against a dataset version.
+
+    With a portion, all shards take part all the same, in the order of the manifest: what is covered, and by whom,
+    comes out the same for every group.
 
     Parameters
     ----------
@@ -76,9 +91,12 @@ def resolve_generation(
     generation : Generation
         Its documents.
     records : sequence of ShardRecord, optional
-        Its shards in another order than the manifest's, which becomes that of the positions.
+        Its shards in another order than the manifest's, which becomes that of the positions. With a portion those
+        that are in RAM, owned or not.
     before : Resolution, optional
         Of an earlier version: what was learned then is not looked up again.
+    portion : Portion, optional
+        What is answered for; everything by default.
 
     Raises
     ------
@@ -86,7 +104,8 @@ def resolve_generation(
         If the version has no such column, or its vectors have another dimension.
     """
     manifest = generation.manifest
-    records = generation.records if records is None else tuple(records)
+    held = generation.records if records is None else tuple(records)
+    records, layout = (held, None) if portion is None else (generation.records, _layout(generation, held, portion))
     column = _column(pinned, manifest)
     states = pinned.fragments(column)
     covers, since = _known(records, manifest, before, pinned.version)
@@ -97,19 +116,26 @@ def resolve_generation(
     # Rows of two shards may have become neighbours, and one run: each cover has its own.
     followed = followed.cut(np.cumsum([cover.physical_rows for cover in covers]))
     _check_followed(pinned, manifest, column, located, followed)
-    live = _live_offsets(pinned, states, (located.direct, located.mapped, followed), before)
-    snapshot = settle(covers, states, located, followed, live[0], version=pinned.version)
+    live = _live_offsets(pinned, _with_deletions(covers, states, located, followed, layout), before)
+    snapshot = settle(covers, states, located, followed, live[0], version=pinned.version, layout=layout)
     remaps = new_remaps(covers, states, located, followed, version=pinned.version)
     covers = tuple(
         cover if remap is None else replace(cover, remap=remap) for cover, remap in zip(covers, remaps, strict=True)
     )
+    rows: tuple[int, ...] = (snapshot.live_rows + snapshot.tail_rows,)
+    counted: Counted = {}
+    if portion is not None:
+        places, known = placed(located, followed), {} if before is None else before.counted
+        rows, counted = rows_by_group(pinned, portion, records, covers, states, places, snapshot, known)
     return Resolution(
         snapshot=snapshot,
         column=column,
         records=records,
         covers=covers,
-        unsaved_rows=_unsaved(records, covers, Places.join([located.mapped, followed]), snapshot),
+        unsaved_rows=_unsaved(records, covers, Places.join([located.mapped, followed]), snapshot, layout),
         live_offsets=live[1],
+        rows_by_group=rows,
+        counted=counted,
     )
 
 
@@ -233,31 +259,62 @@ def _by_row_id(
     strange = [s.fragment_id for s in states if s.live_rows and s.fragment_id not in origins | taken]
     if not strange:
         return Places.of([])
-    missing = np.zeros(located.positions, dtype=bool)
-    unknown.mark(missing, {})
     row_ids, addresses, updated = pinned.row_versions(strange)
-    return match_row_ids(covers, missing, row_ids, *split_addresses(addresses), updated)
+    fragment_ids, offsets = split_addresses(addresses)
+    found, base = [], 0
+    # One cover at a time: what is held meanwhile does not grow with the index.
+    for cover, lost in zip(covers, unknown.parts([cover.physical_rows for cover in covers]), strict=True):
+        if len(lost):
+            missing = np.zeros(cover.physical_rows, dtype=bool)
+            lost.mark(missing, {})
+            found.append(match_row_ids([cover], missing, row_ids, fragment_ids, offsets, updated).shifted(base))
+        base += cover.physical_rows
+    return Places.join(found)
+
+
+def _layout(generation: Generation, held: Sequence[ShardRecord], portion: Portion) -> Layout:
+    ordinals = {record.index.name: ordinal for ordinal, record in enumerate(generation.records)}
+    return Layout(
+        held=tuple(ordinals[record.index.name] for record in held),
+        owned=frozenset(ordinals[record.index.name] for record in held if portion.owns(record)),
+        owns_fragment=portion.owns_fragment,
+    )
+
+
+def _with_deletions(
+    covers: Sequence[Cover], states: Sequence[FragmentState], located: Located, followed: Places, layout: Layout | None
+) -> list[FragmentState]:
+    """Return the fragments whose deletions tell which of the rows answered for are live, or tail."""
+    wanted = set(fragments_to_read(states, located.direct, located.mapped, followed))
+    if layout is not None:
+        everywhere = placed(located, followed)
+        mine = set(layout.laid_out(everywhere, covers).fragment_ids.tolist())
+        covered = covered_rows(everywhere)
+        partial = {s.fragment_id for s in states if 0 < covered.get(s.fragment_id, 0) < s.physical_rows}
+        wanted &= mine | {fragment_id for fragment_id in partial if layout.owns_fragment(fragment_id)}
+    return [state for state in states if state.fragment_id in wanted]
 
 
 def _live_offsets(
-    pinned: PinnedDataset,
-    states: Sequence[FragmentState],
-    places: Sequence[Places],
-    before: Resolution | None,
+    pinned: PinnedDataset, states: Sequence[FragmentState], before: Resolution | None
 ) -> tuple[dict[int, Int64Array], LiveOffsets]:
-    by_id = {state.fragment_id: state for state in states}
     held = {} if before is None else before.live_offsets
-    # A fragment and a name of deletions can come again on another branch: the files tell.
-    keys = {
-        i: (i, f"{by_id[i].deletions} {by_id[i].physical_rows} {by_id[i].signature.files}")
-        for i in fragments_to_read(states, *places)
-    }
+    keys = {state.fragment_id: (state.fragment_id, deletions_key(state)) for state in states}
     read = pinned.live_offsets_of([i for i, key in keys.items() if key not in held])
     live = {i: read[i] if i in read else held[key] for i, key in keys.items()}
     return live, {key: live[i] for i, key in keys.items()}
 
 
-def _unsaved(records: Sequence[ShardRecord], covers: Sequence[Cover], moved: Places, snapshot: Snapshot) -> int:
+def _unsaved(
+    records: Sequence[ShardRecord],
+    covers: Sequence[Cover],
+    moved: Places,
+    snapshot: Snapshot,
+    layout: Layout | None,
+) -> int:
+    if layout is not None:
+        moved = layout.laid_out(moved, covers)
+        records, covers = [records[i] for i in layout.held], [covers[i] for i in layout.held]
     rows = base = 0
     for record, cover in zip(records, covers, strict=True):
         end = base + cover.physical_rows

@@ -7,7 +7,7 @@ was encoded is tail: rows to be searched in the dataset itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,17 +20,21 @@ from ..types import Int64Array, UInt64Array
 from .places import Places, RunMap, expand
 
 __all__ = [
+    "Layout",
     "Located",
     "Snapshot",
     "TailFragment",
+    "covered_rows",
     "deletions_to_read",
     "fragments_to_read",
     "live_rows_of",
     "locate",
     "match_row_ids",
     "new_remaps",
+    "placed",
     "revived_fragments",
     "settle",
+    "without_entry",
 ]
 
 
@@ -77,7 +81,8 @@ class Snapshot:
     live : numpy.ndarray
         bool ``(positions,)``: indexed and not deleted.
     indexed_rows, masked_rows : int
-        Rows with an entry, and how many of those are not in this version, or not as they were encoded.
+        Rows with an entry, and how many of those are not in this version, or not as they were encoded; or not
+        answered for, where a process answers for a part of an index.
     mapped_rows : int
         Live rows that were found through a compaction, in another fragment than they were encoded from.
     tail : tuple of TailFragment
@@ -102,6 +107,43 @@ class Snapshot:
     def tail_rows(self) -> int:
         """Live rows that are not indexed."""
         return sum(fragment.rows for fragment in self.tail)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Layout:
+    """What of an index a process holds and answers for, by the ordinals of its covers.
+
+    Parameters
+    ----------
+    held : tuple of int
+        Covers whose shards are in RAM, in order of position.
+    owned : frozenset of int
+        Those of them whose rows are answered for.
+    owns_fragment : callable
+        Whether rows of a fragment that no cover has are answered for, by its id.
+    """
+
+    held: tuple[int, ...]
+    owned: frozenset[int]
+    owns_fragment: Callable[[int], bool]
+
+    def laid_out(self, places: Places, covers: Sequence[Cover]) -> Places:
+        """Return the rows of owned covers, at the positions where they are in RAM.
+
+        Parameters
+        ----------
+        places : Places
+            Positions count over all covers.
+        covers : sequence of Cover
+            All of them.
+        """
+        parts = places.parts([cover.physical_rows for cover in covers])
+        mine, base = [], 0
+        for ordinal in self.held:
+            if ordinal in self.owned:
+                mine.append(parts[ordinal].shifted(base))
+            base += covers[ordinal].physical_rows
+        return Places.join(mine)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -159,14 +201,14 @@ def locate(covers: Sequence[Cover], states: Sequence[FragmentState]) -> Located:
         clear = [f.fragment_id for f in cover.fragments if known[f.fragment_id] == f.signature]
         stayed = origins.where(~taken & ~_marks(moved, cover.physical_rows)).in_fragments(clear)
         gone = Places.join([moved.where(~taken), stayed])
-        direct.append(_shifted(found, base))
-        mapped.append(_shifted(arrived, base))
+        direct.append(found.shifted(base))
+        mapped.append(arrived.shifted(base))
         for fragment_id in np.unique(gone.fragment_ids).tolist():
             if signatures.get(fragment_id, known[fragment_id]) != known[fragment_id]:
                 # Rewritten in place between two shards: only what the later one read can have moved on.
                 lost = [part.select(part.fragment_ids != fragment_id) for part in lost]
             signatures[fragment_id] = known[fragment_id]
-        lost.append(_shifted(gone, base))
+        lost.append(gone.shifted(base))
         base += cover.physical_rows
     return Located(
         direct=Places.join(direct),
@@ -218,6 +260,31 @@ def revived_fragments(
     return revived
 
 
+def placed(located: Located, followed: Places) -> Places:
+    """Return where all covered rows are in the version, none twice; arguments as for `settle`."""
+    return Places.join([located.direct, located.mapped, followed]).disjoint()
+
+
+def covered_rows(places: Places) -> dict[int, int]:
+    """Return how many rows of each fragment are covered."""
+    order = np.argsort(places.fragment_ids, kind="stable")
+    ids, firsts = np.unique(places.fragment_ids[order], return_index=True)
+    sums = np.add.reduceat(places.lengths[order], firsts) if len(ids) else places.lengths
+    return dict(zip(ids.tolist(), sums.tolist(), strict=True))
+
+
+def without_entry(covers: Sequence[Cover]) -> NDArray[np.bool_]:
+    """Return which positions of some covers have no entry, bool ``(positions,)``."""
+    skipped = np.zeros(sum(cover.physical_rows for cover in covers), dtype=bool)
+    base = 0
+    for cover in covers:
+        rows = cover.skipped.rows.astype(np.int64)
+        if len(rows):
+            skipped[base + expand(rows[:, 0], rows[:, 1])] = True
+        base += cover.physical_rows
+    return skipped
+
+
 def settle(
     covers: Sequence[Cover],
     states: Sequence[FragmentState],
@@ -226,6 +293,7 @@ def settle(
     live_offsets: Mapping[int, Int64Array],
     *,
     version: int,
+    layout: Layout | None = None,
 ) -> Snapshot:
     """Decide which positions are live, and what is left to be searched in the dataset.
 
@@ -240,31 +308,37 @@ def settle(
     followed : Places
         Rows of ``located.lost`` that were found in fragments of this version.
     live_offsets : mapping of int to numpy.ndarray
-        Live physical offsets of the fragments named by `fragments_to_read`.
+        Live physical offsets of the fragments named by `fragments_to_read`; with a layout, of those among them that
+        hold rows answered for.
     version : int
         Of the dataset.
+    layout : Layout, optional
+        Positions are those of the shards that it holds, and only rows that it answers for are live, or tail. By
+        default everything, in the order of the covers.
     """
-    places = Places.join([located.direct, located.mapped, followed]).disjoint()
+    everywhere = placed(located, followed)
+    moved = Places.join([located.mapped, followed])
+    held, places = covers, everywhere
+    if layout is not None:
+        held = [covers[ordinal] for ordinal in layout.held]
+        places, moved = layout.laid_out(everywhere, covers), layout.laid_out(moved, covers)
     alive = {i: _alive(state, live_offsets[i]) for i, state in _by_id(states).items() if i in live_offsets}
-    live = np.zeros(located.positions, dtype=bool)
+    skipped = without_entry(held)
+    live = np.zeros(len(skipped), dtype=bool)
     places.mark(live, alive)
-    entries = np.ones(located.positions, dtype=bool)
-    base = 0
-    for cover in covers:
-        _clear(entries[base : base + cover.physical_rows], cover.skipped)
-        base += cover.physical_rows
-    live &= entries
-    indexed = int(np.count_nonzero(entries))
+    live &= ~skipped
+    indexed = len(skipped) - int(np.count_nonzero(skipped))
     addresses = places.run_map()
     return Snapshot(
         version=version,
-        row_ids=addresses if any(cover.row_ids is None for cover in covers) else _row_ids(covers),
+        # Whether a row is named by its address must not depend on which shards are here.
+        row_ids=addresses if any(cover.row_ids is None for cover in covers) else _row_ids(held),
         places=addresses,
         live=live,
         indexed_rows=indexed,
         masked_rows=indexed - int(np.count_nonzero(live)),
-        mapped_rows=live_rows_of(located.mapped, live) + live_rows_of(followed, live),
-        tail=_tail(covers, states, places, alive),
+        mapped_rows=live_rows_of(moved, live),
+        tail=_tail(covers, states, everywhere, alive, None if layout is None else layout.owns_fragment),
     )
 
 
@@ -352,7 +426,7 @@ def new_remaps(
             kept = located.mapped.select(
                 (located.mapped.positions >= base) & (located.mapped.positions < base + cover.physical_rows)
             )
-            moved = _shifted(Places.join([kept, mine]).disjoint(), -base).joined()
+            moved = Places.join([kept, mine]).disjoint().shifted(-base).joined()
             remaps.append(
                 Remap(
                     version=version,
@@ -394,10 +468,6 @@ def _same(state: FragmentState | None, known: FragmentCover | RemapTarget) -> bo
 
 def _by_id(states: Sequence[FragmentState]) -> dict[int, FragmentState]:
     return {state.fragment_id: state for state in states}
-
-
-def _shifted(places: Places, base: int) -> Places:
-    return Places(places.positions + base, places.fragment_ids, places.offsets, places.lengths)
 
 
 def _marks(places: Places, positions: int) -> NDArray[np.bool_]:
@@ -445,16 +515,14 @@ def _tail(
     states: Sequence[FragmentState],
     places: Places,
     alive: Mapping[int, NDArray[np.bool_]],
+    owns_fragment: Callable[[int], bool] | None,
 ) -> tuple[TailFragment, ...]:
-    order = np.argsort(places.fragment_ids, kind="stable")
-    ids, firsts = np.unique(places.fragment_ids[order], return_index=True)
-    sums = np.add.reduceat(places.lengths[order], firsts) if len(ids) else places.lengths
-    covered = dict(zip(ids.tolist(), sums.tolist(), strict=True))
+    covered = covered_rows(places)
     known = {fragment.fragment_id for cover in covers for fragment in cover.fragments}
     tail = []
     for state in states:
         rows = covered.get(state.fragment_id, 0)
-        if rows == state.physical_rows:
+        if rows == state.physical_rows or not (owns_fragment is None or owns_fragment(state.fragment_id)):
             continue
         if not rows:
             if state.live_rows:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..engine import Model, Segment, flat_segment, prepare
-from ..errors import TailTooLarge
+from ..errors import InvalidArgument, TailTooLarge
 from ..lance_io import PinnedDataset, VectorColumn
 from ..manifest import FragmentSignature
 from ..types import Float32Array, Int64Array, Metric, UInt64Array
@@ -66,6 +66,23 @@ class TailRows:
     def rows(self) -> int:
         """Rows that can be found."""
         return len(self.row_ids)
+
+    def places(self, row_ids: UInt64Array) -> Int64Array:
+        """Return where rows are, int64 ``(n,)``.
+
+        Raises
+        ------
+        InvalidArgument
+            If one is not here.
+        """
+        places = np.minimum(np.searchsorted(self.row_ids, row_ids), max(self.rows - 1, 0))
+        known = self.row_ids[places] == row_ids if self.rows else np.zeros(len(row_ids), dtype=bool)
+        if not known.all():
+            row = int(row_ids[~known][0])
+            raise InvalidArgument(
+                f"row {row} is not in this index", remedy="It was deleted or skipped", parameter="row_ids", value=row
+            )
+        return places
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,6 +180,11 @@ class Tail:
                     self._check()
                     loaded = self._loaded = self._load(model)
         return loaded
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether `load` has nothing to read."""
+        return self._loaded is not None
 
     @property
     def ram_bytes(self) -> int:

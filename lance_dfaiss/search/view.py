@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..engine import Mask, Segment, flat_segment, prepare
-from ..errors import InvalidArgument
+from ..engine import Mask, Model, Segment, empty_segment, flat_segment, prepare
+from ..errors import InvalidArgument, StorageError, TailTooLarge
 from ..lance_io import ColumnsInMemory, PinnedDataset
-from ..manifest import Manifest
 from ..merge import merge_topk, order_ties
 from ..spec import SearchOptions
 from ..types import MISSING_ROW_ID, Float32Array, Int64Array, Metric, UInt64Array
 from .filters import FilterCache, Matches, match_addresses
 from .load import Generation, LoadedSegment
-from .places import RunMap
+from .places import RunMap, split_addresses
+from .portion import Portion
 from .resolve import Resolution
 from .tail import Tail, TailLimits
 from .trace import Stage, Trace
+from .widths import Widths, chosen_widths, default_widths, stored_defaults
 
-__all__ = ["Selection", "View", "Widths"]
+__all__ = ["Selection", "Sift", "View"]
 
-# Without a measurement (too few rows): wide enough for small data, cheap enough for any.
-_FALLBACK_NPROBE = 32
-_FALLBACK_EF = 64
-_FALLBACK_K_FACTOR = 8
+Sift = Callable[[str], UInt64Array]
+"""From a filter to the addresses of the live rows that match, uint64 ``(n,)``."""
 
 # Matches that are searched one by one, by the bytes of their vectors: about a tenth of a millisecond a query.
 _EXACT_BYTES = 8 * 1024 * 1024
@@ -47,15 +48,6 @@ _MORE_CANDIDATES = 2
 
 # Rows decoded at a time where a graph cannot reach all that match.
 _BLOCK_ROWS = 65_536
-
-
-class Widths(NamedTuple):
-    """Search widths with nothing left open; ``fixed`` when the caller named how far to look."""
-
-    nprobe: int
-    ef: int
-    k_factor: int
-    fixed: bool
 
 
 class Part(NamedTuple):
@@ -114,6 +106,12 @@ class View:
         Filter columns in RAM.
     before : View, optional
         What it has read of the tail is not read again.
+    model : Model, optional
+        Of the generation; may be left out where there are segments.
+    portion : Portion, optional
+        The part of the index that it answers for.
+    sift : callable, optional
+        Evaluates filters in place of the dataset.
     """
 
     def __init__(
@@ -126,6 +124,9 @@ class View:
         *,
         columns: ColumnsInMemory | None = None,
         before: View | None = None,
+        model: Model | None = None,
+        portion: Portion | None = None,
+        sift: Sift | None = None,
     ) -> None:
         self.pinned = pinned
         self.generation = generation
@@ -133,7 +134,13 @@ class View:
         self.snapshot = resolution.snapshot
         self.loaded = tuple(loaded)
         self.metric: Metric = generation.manifest.spec.metric
-        self.model = loaded[0].segment.model
+        self.portion = portion
+        if loaded:
+            model = loaded[0].segment.model
+        assert model is not None, "a view without segments is given its model"
+        self.model = model
+        # What the type can do is asked of a segment, also where there is none.
+        self._kind = loaded[0].segment if loaded else empty_segment(model)
         self.tail: Tail = Tail(
             pinned,
             resolution.column,
@@ -144,19 +151,38 @@ class View:
             # Vectors under cosine are of unit length, and zero vectors are left out: of use to no other metric.
             before=None if before is None or before.metric != self.metric else before.tail,
         )
-        self.family = loaded[0].segment.capability.family
-        self.defaults: SearchOptions = _defaults(generation.manifest)
+        self.family = self._kind.capability.family
+        self.defaults: SearchOptions = stored_defaults(generation.manifest)
         """Widths of a search that names none."""
-        self.default_widths: Widths = _default_widths(self.defaults)
+        self.default_widths: Widths = default_widths(self.defaults)
         self._columns = columns
+        self._sift = sift
         self._filters = FilterCache()
         self._indexed = self._indexed_parts()
+        self._everything: Selection | None = None
         self._indexed_only = Selection(self._indexed, self.snapshot.live_rows, 1.0, filtered=False)
 
     @property
     def rows(self) -> int:
         """Rows of the version that can be found, as far as is known before the tail is read."""
         return self.snapshot.live_rows + self.tail.rows
+
+    @property
+    def rows_by_group(self) -> tuple[int, ...]:
+        """Rows that can be found, of each group; only its own without a portion."""
+        return self.resolution.rows_by_group
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """Names of the files of the shards that it answers for, in the manifest's order."""
+        records = self.generation.records
+        return tuple(r.index.name for r in records if self.portion is None or self.portion.owns(r))
+
+    @functools.cached_property
+    def fragment_ids(self) -> tuple[int, ...]:
+        """Fragments with rows that it answers for, increasing: where a filter has to be evaluated."""
+        indexed = split_addresses(self.snapshot.places.runs[1])[0]
+        return tuple(sorted({*np.unique(indexed).tolist(), *(part.fragment_id for part in self.snapshot.tail)}))
 
     @property
     def ram_bytes(self) -> int:
@@ -168,6 +194,48 @@ class View:
         segments = sum(loaded.segment.ram_bytes for loaded in self.loaded)
         filters = self._filters.ram_bytes + (0 if self._columns is None else self._columns.ram_bytes)
         return segments + masks + maps + self.snapshot.live.nbytes + self.tail.ram_bytes + filters
+
+    def widths(self, nprobe: int | None, ef: int | None, k_factor: int | None) -> Widths:
+        """Return how far a search looks that names some widths, or none.
+
+        Raises
+        ------
+        InvalidArgument
+            If one is out of range, or means nothing to this index.
+        """
+        if nprobe is None and ef is None and k_factor is None:
+            return self.default_widths
+        asked = SearchOptions(nprobe=nprobe, ef=ef, k_factor=k_factor)
+        return chosen_widths(self.generation.manifest.spec, self.family, self.default_widths, asked)
+
+    def fetch(self, row_ids: UInt64Array, columns: list[str] | dict[str, str] | None) -> pa.Table:
+        """Read columns of rows, in the order given.
+
+        Parameters
+        ----------
+        row_ids : numpy.ndarray
+            uint64 ``(n,)``, of live rows of the version.
+        columns : list or dict or None
+            Names, or names and SQL expressions; None for all.
+
+        Raises
+        ------
+        InvalidArgument
+            If Lance can make no sense of an expression.
+        UnknownColumn
+            If a column does not exist.
+        """
+        try:
+            return self.pinned.fetch(row_ids, columns)
+        except StorageError as exc:
+            if columns is None or not _is_projection_error(exc.__cause__, columns):
+                raise
+            raise InvalidArgument(
+                f"these columns cannot be fetched: {exc.message}",
+                remedy="Name columns of the dataset, or give SQL expressions over them",
+                parameter="columns",
+                value=columns,
+            ) from exc
 
     @functools.cached_property
     def positions_of_row_ids(self) -> RunMap:
@@ -198,10 +266,64 @@ class View:
             return self._filtered(filter_sql, include_tail, trace)
         if not include_tail or not self.tail.rows:
             return self._indexed_only
-        tail = self._tail_part(None)
-        if tail is None:
-            return self._indexed_only
-        return Selection((*self._indexed, tail), self.snapshot.live_rows + tail.rows, 1.0, filtered=False)
+        if self._everything is None:
+            tail = self._tail_part(None)
+            parts = self._indexed if tail is None else (*self._indexed, tail)
+            # Always the same object: requests of one selection are searched together.
+            self._everything = Selection(parts, sum(part.rows for part in parts), 1.0, filtered=False)
+        return self._everything
+
+    def cached(self, filter_sql: str | None, include_tail: bool) -> Selection | None:
+        """Return what `select` would, if that is known already; reads and computes nothing.
+
+        Parameters
+        ----------
+        filter_sql, include_tail
+            As for `select`.
+
+        Returns
+        -------
+        Selection or None
+            None where the filter is to be evaluated, or the tail to be read.
+        """
+        if filter_sql is not None:
+            return cast("Selection | None", self._filters.get(self._filter_key(filter_sql, include_tail)))
+        if include_tail and self.tail.rows and not self.tail.is_loaded:
+            return None
+        return self.select(None, include_tail=include_tail)
+
+    def prepare(self) -> None:
+        """Read the tail, so that the first search need not; one over the limits is left to the search that wants it."""
+        with suppress(TailTooLarge):
+            self.tail.load(self.model)
+
+    def result_addresses(self, row_ids: UInt64Array) -> UInt64Array:
+        """Return where rows lie in the dataset.
+
+        Parameters
+        ----------
+        row_ids : numpy.ndarray
+            uint64 ``(n,)``, of rows that a search of this view has found.
+
+        Returns
+        -------
+        numpy.ndarray
+            uint64 ``(n,)``: row addresses.
+
+        Raises
+        ------
+        InvalidArgument
+            If a row is none of this view's.
+        """
+        if self.snapshot.row_ids is self.snapshot.places and not self.pinned.stable_row_ids:
+            return row_ids  # they are the addresses
+        positions = self.positions_of_row_ids.positions(row_ids)
+        addresses = self.snapshot.places.numbers(positions)
+        outside = positions < 0
+        if outside.any():
+            tail = self.tail.load(self.model)
+            addresses[outside] = tail.addresses[tail.places(row_ids[outside])]
+        return addresses
 
     def knn(
         self, queries: Float32Array, k: int, widths: Widths, selection: Selection, trace: Trace | None = None
@@ -273,9 +395,9 @@ class View:
         raw_radius += spare if self.metric == "l2" else -spare
         lists = nprobe or max(self.generation.manifest.spec.num_partitions, 1)
         found: list[tuple[Float32Array, UInt64Array]] = []
-        if not self.loaded[0].segment.can_range:
+        if not self._kind.can_range:
             # It says what it needs, also where nothing is left to look at.
-            self.loaded[0].segment.range_search(query, raw_radius, nprobe=lists)
+            self._kind.range_search(query, raw_radius, nprobe=lists)
         for part in selection.parts:
             with _stage(trace, "scan") as facts:
                 _, raw, positions = part.segment.range_search(query, raw_radius, nprobe=lists, mask=part.mask)
@@ -314,16 +436,29 @@ class View:
             vectors[outside] = self._tail_vectors(row_ids[outside])
         return vectors
 
+    def holds(self, row_ids: UInt64Array) -> NDArray[np.bool_]:
+        """Tell which rows this view answers for, bool ``(n,)``.
+
+        Parameters
+        ----------
+        row_ids : numpy.ndarray
+            uint64 ``(n,)``.
+
+        Raises
+        ------
+        TailTooLarge
+            If a row is not in the index, and the tail is over the limits.
+        """
+        here = self.positions_of_row_ids.positions(row_ids) >= 0
+        if self.tail.rows and not here.all():
+            here |= np.isin(row_ids, self.tail.load(self.model).row_ids)
+        return here
+
     def _tail_vectors(self, row_ids: UInt64Array) -> Float32Array:
         tail = self.tail.load(self.model)
-        at = np.minimum(np.searchsorted(tail.row_ids, row_ids), max(tail.rows - 1, 0))
-        known = tail.row_ids[at] == row_ids if tail.rows else np.zeros(len(row_ids), dtype=bool)
-        if not known.all() or tail.segment is None:
-            row = int(row_ids[~known][0])
-            raise InvalidArgument(
-                f"row {row} is not in this index", remedy="It was deleted or skipped", parameter="row_ids", value=row
-            )
-        return tail.segment.reconstruct(at)
+        places = tail.places(row_ids)
+        assert tail.segment is not None  # it holds these rows
+        return tail.segment.reconstruct(places)
 
     def _indexed_parts(self) -> tuple[Part, ...]:
         parts, first = [], 0
@@ -352,7 +487,7 @@ class View:
         return Part(0, tail.segment, Mask(inside), rows, tail.row_ids, is_tail=True) if rows else None
 
     def _filtered(self, filter_sql: str, include_tail: bool, trace: Trace | None) -> Selection:
-        key = (filter_sql, include_tail and bool(self.tail.rows))
+        key = self._filter_key(filter_sql, include_tail)
         found = cast("Selection | None", self._filters.get(key))
         with _stage(trace, "filter") as facts:
             cached = found is not None
@@ -362,10 +497,19 @@ class View:
             facts.update(matches=found.rows, cached=cached)
         return found
 
-    def _evaluated(self, filter_sql: str, include_tail: bool) -> tuple[Selection, int]:
+    def _filter_key(self, filter_sql: str, include_tail: bool) -> tuple[str, bool]:
+        return filter_sql, include_tail and bool(self.tail.rows)
+
+    def _matching(self, filter_sql: str) -> UInt64Array:
+        if self._sift is not None:
+            return self._sift(filter_sql)
         addresses = None if self._columns is None else self._columns.matching(filter_sql)
-        if addresses is None:
-            addresses = self.pinned.matching(filter_sql)
+        if addresses is not None:
+            return addresses
+        return self.pinned.matching(filter_sql, None if self.portion is None else self.fragment_ids)
+
+    def _evaluated(self, filter_sql: str, include_tail: bool) -> tuple[Selection, int]:
+        addresses = self._matching(filter_sql)
         matches = match_addresses(addresses, self.snapshot.places, self.snapshot.live)
         tail = self._tail_part(matches) if include_tail and self.tail.rows else None
         marks = matches.mask(len(self.snapshot.live))
@@ -506,18 +650,9 @@ def _stage(trace: Trace | None, name: str) -> Any:
     return _NoStage() if trace is None else trace.stage(name)
 
 
-def _defaults(manifest: Manifest) -> SearchOptions:
-    if manifest.recall is not None:
-        return manifest.recall.defaults
-    lists = manifest.spec.num_partitions
-    hnsw = "HNSW" in manifest.spec.factory and not lists
-    return SearchOptions(
-        nprobe=min(_FALLBACK_NPROBE, lists) if lists else None,
-        ef=_FALLBACK_EF if hnsw else None,
-        k_factor=_FALLBACK_K_FACTOR if manifest.spec.refine is not None else None,
-    )
-
-
-def _default_widths(defaults: SearchOptions) -> Widths:
-    """Return the widths of a search that names none."""
-    return Widths(defaults.nprobe or 1, defaults.ef or 1, defaults.k_factor or 1, fixed=False)
+def _is_projection_error(cause: BaseException | None, columns: list[str] | dict[str, str]) -> bool:
+    """Tell whether Lance refused the columns, or failed to compute an expression, rather than to read."""
+    if not isinstance(cause, ValueError):
+        return False
+    # Lance raises one class for all of it; only its words tell a division by zero from a missing file.
+    return "Invalid user input" in str(cause) or (isinstance(columns, dict) and "LanceError(Arrow)" in str(cause))

@@ -1,0 +1,672 @@
+"""From a request to its answer: checked on the event loop, searched on the lane, read on other threads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+import pyarrow as pa
+
+from ..errors import (
+    AccessDenied,
+    DeadlineExceeded,
+    DfaissError,
+    InvalidArgument,
+    Overloaded,
+    ProtocolError,
+    ServerFailed,
+    UnknownColumn,
+)
+from ..search.arguments import MAX_RESULTS, checked_radius
+from ..search.trace import Trace
+from ..search.view import Selection
+from ..search.widths import Widths
+from ..types import MISSING_ROW_ID, Float32Array, UInt64Array
+from ..vectors import as_queries
+from .batcher import Batch, Batcher, Slice, Waiting
+from .holdings import Held, Holdings
+from .lane import Lane, Outcome
+from .metrics import ServerMetrics, Stage
+from .peer import Peer, Ticket
+from .security import Access, Rights
+from .sql import check_filter
+from .wire import (
+    Buffer,
+    Cancel,
+    Done,
+    Drain,
+    Fetch,
+    Frame,
+    Knn,
+    KnnReply,
+    Limits,
+    Message,
+    Offers,
+    Range,
+    RangeReply,
+    Reconstruct,
+    ReconstructReply,
+    Reload,
+    Status,
+    StatusReply,
+    TableReply,
+    decode,
+    failure_of,
+    joined_results,
+    queries_of,
+    row_ids_of,
+)
+
+__all__ = ["Answering", "Control", "Workload"]
+
+_log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 2_048
+"""Connections of one server: each may hold a few megabytes of a frame that is not complete."""
+
+MAX_READS = 256
+"""Requests that wait for, or are on, the threads that read data."""
+
+MAX_COLUMNS = 1_000
+"""Columns in one request."""
+
+FILTER_THREADS = FETCH_THREADS = 4
+"""They wait for another process, and for storage."""
+
+
+class Control(Protocol):
+    """What a server can be asked about itself, and told to do."""
+
+    def reload(self, index: str | None, version: int | None) -> Awaitable[dict[str, Any]]:
+        """Move to a version."""
+
+    def drain(self) -> None:
+        """Turn clients away, and stop."""
+
+    def status(self) -> Awaitable[Mapping[str, Any]]:
+        """Tell how it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """How much is taken on.
+
+    Parameters
+    ----------
+    threads : int
+        Cores that one search may use.
+    max_waiting, max_batch : int
+        Queries that may wait, and that are searched in one call.
+    limits : Limits
+        What is taken from one client.
+    """
+
+    threads: int
+    max_waiting: int = 4_096
+    max_batch: int = 256
+    limits: Limits = Limits()
+
+
+class _Search(NamedTuple):
+    """What is the same in all requests of a batch."""
+
+    held: Held
+    k: int
+    widths: Widths
+    selection: Selection
+    trace: Trace | None
+
+
+class _Within(NamedTuple):
+    """A search by radius: never together with another."""
+
+    held: Held
+    radius: float
+    nprobe: int | None
+    selection: Selection
+    ticket: Ticket
+
+
+@dataclass(slots=True, eq=False)
+class _Results:
+    """The answer to a search, as it grows."""
+
+    held: Held
+    columns: tuple[str, ...]
+    waiting: Waiting[Any] | None = None
+    searched_at: float = 0.0
+    left: int = 0
+    distances: Float32Array | None = None
+    row_ids: UInt64Array | None = None
+
+
+class Answering:
+    """Answers the requests of all connections of a server.
+
+    Parameters
+    ----------
+    server_id : int
+        For messages.
+    holdings : Holdings
+        What there is to ask.
+    access : Access
+        Who may do what.
+    workload : Workload
+        How much is taken on.
+    metrics : ServerMetrics
+        Told of everything.
+    control : Control
+        What admins ask for.
+    """
+
+    def __init__(
+        self,
+        server_id: int,
+        holdings: Holdings,
+        access: Access,
+        workload: Workload,
+        metrics: ServerMetrics,
+        control: Control,
+    ) -> None:
+        self.server_id = server_id
+        self.limits = workload.limits
+        self.offers = Offers(epoch=holdings.cluster.epoch, offers=())
+        self.peers: set[Peer] = set()
+        self._holdings = holdings
+        self._access = access
+        self._metrics = metrics
+        self._control = control
+        # Apart, so that slow filters never hold up fetches.
+        self._filters = ThreadPoolExecutor(FILTER_THREADS, "lance-dfaiss-filter")
+        self._fetches = ThreadPoolExecutor(FETCH_THREADS, "lance-dfaiss-fetch")
+        self._reads = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        batcher: Batcher[Any] = Batcher(max_waiting=workload.max_waiting, max_batch=workload.max_batch)
+        self.lane = Lane(batcher, self._search, self._deliver, threads=workload.threads)
+        self._handlers: dict[int, Callable[[Peer, Frame], None]] = {
+            Knn.KIND: self._knn,
+            Range.KIND: self._range,
+            Fetch.KIND: self._fetch,
+            Reconstruct.KIND: self._reconstruct,
+            Status.KIND: self._status,
+            Reload.KIND: self._reload,
+            Drain.KIND: self._drain,
+            Cancel.KIND: self._cancel,
+        }
+
+    def start(self) -> None:
+        """Begin; on the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self.lane.start()
+
+    def stop(self) -> None:
+        """End the threads; what they have not begun is forgotten."""
+        self.lane.stop()
+        for pool in (self._filters, self._fetches):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def publish(self, offers: Offers) -> None:
+        """Tell all clients what can be asked for now."""
+        self.offers = offers
+        for peer in self.peers:
+            peer.announce(offers)
+
+    def joined(self, peer: Peer) -> bool:
+        """Note a connection; False if there are too many."""
+        self.peers.add(peer)
+        return len(self.peers) <= MAX_CONNECTIONS
+
+    def left(self, peer: Peer) -> None:
+        """Note that a connection has ended."""
+        self.peers.discard(peer)
+
+    def rights_of(self, token: str, *, certificate: bool) -> Rights:
+        """Return what somebody may do."""
+        return self._access.rights_of(token, certificate=certificate)
+
+    def dropped(self, ticket: Ticket) -> None:
+        """Stop working on a request that nobody waits for."""
+        results = ticket.work
+        if isinstance(results, _Results) and results.waiting is not None:
+            self.lane.drop(results.waiting)
+
+    def handle(self, peer: Peer, frame: Frame) -> None:
+        """Answer a request, now or later.
+
+        Raises
+        ------
+        ProtocolError
+            If it is no request.
+        """
+        handler = self._handlers.get(frame.kind)
+        if handler is None:
+            raise ProtocolError(f"a frame of kind {frame.kind} is nothing to send to a server")
+        if frame.request_id in peer.pending and frame.kind != Cancel.KIND:
+            raise ProtocolError(f"request id {frame.request_id} is still in use")
+        try:
+            handler(peer, frame)
+        except ProtocolError:
+            raise
+        except Exception as exc:  # an edge: it is this request's, and the connection goes on
+            ticket = peer.pending.get(frame.request_id) or Ticket(peer, frame.request_id, "refused", time.monotonic(), 0)
+            peer.pending[frame.request_id] = ticket
+            self._fail(ticket, exc)
+
+    def _open(self, peer: Peer, frame: Frame, kind: str, timeout: float | None, queries: int = 1) -> Ticket:
+        """Note a request, if the client has not too many already."""
+        now = time.monotonic()
+        ticket = Ticket(peer, frame.request_id, kind, now, _deadline(now, timeout), queries)
+        peer.pending[frame.request_id] = ticket
+        if len(peer.pending) > self.limits.pending:
+            raise _overloaded("requests of this connection", len(peer.pending), self.limits.pending)
+        return ticket
+
+    def _knn(self, peer: Peer, frame: Frame) -> None:
+        message: Knn = decode(frame, Knn)
+        ticket = self._open(peer, frame, "knn", message.timeout, message.n)
+        held = self._holdings.find(message.index, message.at)
+        self._check_sizes(message.n, message.k)
+        view = held.view
+        queries, _ = as_queries(
+            queries_of(frame.payload, message.n, view.model.spec.dim, message.dtype), view.model.spec.dim, view.metric
+        )
+        widths = view.widths(message.nprobe, message.ef, message.k_factor)
+        ticket.work = _Results(held, self._in_ram(held, message.columns))
+        trace = Trace() if message.explain else None
+
+        def submit(selection: Selection) -> None:
+            key = _Search(held, message.k, widths, selection, trace)
+            self._submit(ticket, Waiting(key, queries, ticket.deadline, ticket, ticket.started))
+
+        self._select(ticket, held, message.filter, message.tail, submit, trace)
+
+    def _range(self, peer: Peer, frame: Frame) -> None:
+        message: Range = decode(frame, Range)
+        ticket = self._open(peer, frame, "range", message.timeout)
+        held = self._holdings.find(message.index, message.at)
+        view = held.view
+        query, _ = as_queries(
+            queries_of(frame.payload, 1, view.model.spec.dim, message.dtype), view.model.spec.dim, view.metric
+        )
+        view.widths(message.nprobe, None, None)
+        radius = checked_radius(message.radius, view.metric)
+        ticket.work = _Results(held, self._in_ram(held, message.columns))
+
+        def submit(selection: Selection) -> None:
+            key = _Within(held, radius, message.nprobe, selection, ticket)
+            self._submit(ticket, Waiting(key, query, ticket.deadline, ticket, ticket.started))
+
+        self._select(ticket, held, message.filter, message.tail, submit, None)
+
+    def _fetch(self, peer: Peer, frame: Frame) -> None:
+        message: Fetch = decode(frame, Fetch)
+        ticket = self._open(peer, frame, "fetch", message.timeout, message.n)
+        held = self._holdings.find(message.index, message.at)
+        row_ids = row_ids_of(frame.payload, message.n)
+        columns = self._readable(held, message.columns)
+
+        def read() -> tuple[Message, list[Buffer]]:
+            table = held.view.fetch(row_ids, columns)
+            return TableReply(rows=len(table)), [_stream(table)]
+
+        self._read(self._fetches, ticket, "fetch", read)
+
+    def _reconstruct(self, peer: Peer, frame: Frame) -> None:
+        message: Reconstruct = decode(frame, Reconstruct)
+        ticket = self._open(peer, frame, "reconstruct", message.timeout, message.n)
+        held = self._holdings.find(message.index, message.at)
+        row_ids = row_ids_of(frame.payload, message.n)
+
+        def read() -> tuple[Message, list[Buffer]]:
+            here = held.view.holds(row_ids)
+            vectors = held.view.vectors(row_ids[here])
+            reply = ReconstructReply(n=len(row_ids), held=len(vectors), dim=held.view.model.spec.dim)
+            return reply, [here.astype(np.uint8).tobytes(), vectors.astype("<f4", copy=False).tobytes()]
+
+        self._read(self._fetches, ticket, "fetch", read)
+
+    def _status(self, peer: Peer, frame: Frame) -> None:
+        ticket = self._open(peer, frame, "status", None)
+
+        async def status() -> Message:
+            return StatusReply(status=dict(await self._control.status()))
+
+        self._later(ticket, status())
+
+    def _reload(self, peer: Peer, frame: Frame) -> None:
+        message: Reload = decode(frame, Reload)
+        ticket = self._open(peer, frame, "reload", None)
+        _check_admin(peer)
+
+        async def reload() -> Message:
+            return Done(facts={"at": await self._control.reload(message.index, message.version)})
+
+        self._later(ticket, reload())
+
+    def _drain(self, peer: Peer, frame: Frame) -> None:
+        ticket = self._open(peer, frame, "drain", None)
+        _check_admin(peer)
+        self._control.drain()
+        self._finish(ticket, Done())
+
+    def _cancel(self, peer: Peer, frame: Frame) -> None:
+        ticket = peer.pending.pop(frame.request_id, None)
+        if ticket is not None:
+            ticket.gone = True
+            self.dropped(ticket)
+
+    def _check_sizes(self, queries: int, k: int) -> None:
+        limits = self.limits
+        for parameter, value, most in (("k", k, limits.k), ("queries", queries, limits.queries)):
+            if not 1 <= value <= most:
+                raise InvalidArgument(
+                    f"{parameter} must be between 1 and {most:,} on this server, not {value:,}",
+                    remedy="Ask for fewer at once",
+                    parameter=parameter,
+                    value=value,
+                )
+        if queries * k * 12 > min(limits.frame_bytes, MAX_RESULTS):
+            raise InvalidArgument(
+                f"{queries:,} queries of k={k:,} make an answer of more than {limits.frame_bytes:,} bytes",
+                remedy="Ask for fewer at once",
+                parameter="k",
+                value=k,
+            )
+
+    def _in_ram(self, held: Held, columns: tuple[str, ...]) -> tuple[str, ...]:
+        """Check that columns asked for with a search are in RAM."""
+        missing = [name for name in columns if name not in held.offer.payload]
+        if missing:
+            self._readable(held, columns)
+            raise InvalidArgument(
+                f"column {missing[0]!r} is not held in RAM by this server",
+                remedy="Fetch it by row id",
+                parameter="columns",
+                value=missing[0],
+            )
+        return columns
+
+    def _readable(
+        self, held: Held, columns: tuple[str, ...] | dict[str, str] | None
+    ) -> list[str] | dict[str, str] | None:
+        """Check that columns may be seen, and return them as Lance takes them."""
+        allowed = self._holdings.allowed_columns
+        if columns is None:
+            return None if allowed is None else list(held.offer.columns)
+        if len(columns) > MAX_COLUMNS:
+            raise InvalidArgument(
+                f"{len(columns)} columns in one request, at most {MAX_COLUMNS} are fetched",
+                parameter="columns",
+                value=len(columns),
+            )
+        if isinstance(columns, dict):
+            for expression in columns.values():
+                check_filter(expression, columns=allowed)
+            return columns
+        for name in columns:
+            root = name.split(".")[0]
+            if name in held.offer.columns or root in held.offer.columns or (allowed is None and name.startswith("_")):
+                continue
+            if allowed is not None and root in held.view.pinned.column_names:
+                raise AccessDenied(f"column {name!r} is not for clients of this server")
+            raise UnknownColumn(
+                f"there is no column {name!r}",
+                remedy=f"There is {', '.join(held.offer.columns)}",
+                column=name,
+                available=held.offer.columns,
+            )
+        return list(columns)
+
+    def _select(
+        self,
+        ticket: Ticket,
+        held: Held,
+        filter_sql: str | None,
+        tail: bool,
+        submit: Callable[[Selection], None],
+        trace: Trace | None,
+    ) -> None:
+        """Find out what to look at, on this thread if that is known, and go on."""
+        view = held.view
+        if filter_sql is not None:
+            check_filter(filter_sql, columns=self._holdings.allowed_columns)
+        selection = None if trace is not None else view.cached(filter_sql, include_tail=tail)
+        if selection is not None:
+            submit(selection)
+            return
+
+        def evaluate() -> Selection:
+            return view.select(filter_sql, include_tail=tail, trace=trace)
+
+        async def select() -> None:
+            with self._reading():
+                started = time.monotonic()
+                found = await self._loop.run_in_executor(self._filters, evaluate)
+                self._metrics.stage("filter", time.monotonic() - started)
+            if not ticket.gone:
+                submit(found)
+
+        self._later(ticket, select())
+
+    def _submit(self, ticket: Ticket, waiting: Waiting[Any]) -> None:
+        results: _Results = ticket.work
+        results.waiting = waiting
+        results.left = len(waiting.queries)
+        self.lane.submit(waiting)
+
+    def _read(
+        self, pool: Executor, ticket: Ticket, stage: Stage, read: Callable[[], tuple[Message, list[Buffer]]]
+    ) -> None:
+        """Answer from a thread that reads."""
+
+        async def answer() -> None:
+            with self._reading():
+                started = time.monotonic()
+                message, payload = await self._loop.run_in_executor(pool, read)
+                self._metrics.stage(stage, time.monotonic() - started)
+            self._finish(ticket, message, payload)
+
+        self._later(ticket, answer())
+
+    @contextlib.contextmanager
+    def _reading(self) -> Any:
+        if self._reads >= MAX_READS:
+            raise _overloaded("requests that read data", self._reads, MAX_READS)
+        self._reads += 1
+        try:
+            yield
+        finally:
+            self._reads -= 1
+
+    def _later(self, ticket: Ticket, work: Awaitable[Message | None]) -> None:
+        """Run what takes longer; its message, if it has one, or its failure is the answer."""
+
+        async def run() -> None:
+            try:
+                message = await work
+            except Exception as exc:  # an edge: it belongs to the request
+                self._fail(ticket, exc)
+            else:
+                if message is not None:
+                    self._finish(ticket, message)
+
+        task = self._loop.create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _search(self, batch: Batch) -> Sequence[Outcome]:
+        """Search a batch; on the lane's thread."""
+        started = time.monotonic()
+        if isinstance(batch.key, _Within):
+            outcomes = self._search_within(batch, started)
+        else:
+            outcomes = self._search_nearest(batch, started)
+        self._metrics.stage("search", time.monotonic() - started)
+        self._metrics.batch(batch.queries)
+        return outcomes
+
+    def _search_nearest(self, batch: Batch, started: float) -> list[Outcome]:
+        key: _Search = batch.key
+        parts = [part.request.queries[part.start : part.stop] for part in batch.slices]
+        queries = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        distances, row_ids = key.held.view.knn(np.ascontiguousarray(queries), key.k, key.widths, key.selection, key.trace)
+        outcomes: list[Outcome] = []
+        at = 0
+        for part in batch.slices:
+            end = at + part.stop - part.start
+            outcomes.append((part.request.ticket, (part, started, distances[at:end], row_ids[at:end])))
+            at = end
+        return outcomes
+
+    def _search_within(self, batch: Batch, started: float) -> list[Outcome]:
+        key: _Within = batch.key
+        part = batch.slices[0]
+        distances, row_ids = key.held.view.within(part.request.queries, key.radius, key.nprobe, key.selection)
+        return [(key.ticket, (part, started, distances[None], row_ids[None]))]
+
+    def _deliver(self, outcomes: Sequence[Outcome]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+            self._loop.call_soon_threadsafe(self._delivered, outcomes)
+
+    def _delivered(self, outcomes: Sequence[Outcome]) -> None:
+        """Answer the requests that a batch has finished; on the event loop."""
+        for ticket, outcome in outcomes:
+            if ticket.gone:
+                continue
+            if isinstance(outcome, Exception):
+                self._fail(ticket, outcome)
+            elif self._add(ticket, *outcome):
+                self._answer(ticket)
+
+    def _add(self, ticket: Ticket, part: Slice, started: float, distances: Float32Array, row_ids: UInt64Array) -> bool:
+        """Add the results of some queries; tell whether they were the last."""
+        results: _Results = ticket.work
+        count = len(part.request.queries)
+        if part.start == 0:
+            results.searched_at = started
+            self._metrics.stage("queue", started - ticket.started)
+        results.left -= part.stop - part.start
+        if part.stop - part.start == count:
+            results.distances, results.row_ids = distances, row_ids
+            return True
+        if results.distances is None or results.row_ids is None:
+            shape = (count, distances.shape[1])
+            results.distances, results.row_ids = np.empty(shape, np.float32), np.empty(shape, np.uint64)
+        results.distances[part.start : part.stop] = distances
+        results.row_ids[part.start : part.stop] = row_ids
+        return results.left == 0
+
+    def _answer(self, ticket: Ticket) -> None:
+        results: _Results = ticket.work
+        assert results.distances is not None
+        assert results.row_ids is not None
+        now = time.monotonic()
+        if now > ticket.deadline:
+            self._fail(ticket, _too_late(ticket))
+            return
+        n, width = results.distances.shape
+        reply: Message
+        if ticket.kind == "range":
+            reply = RangeReply(n=width)
+        else:
+            key: _Search = cast("Waiting[_Search]", results.waiting).key
+            stages = () if key.trace is None else tuple(_told(stage) for stage in key.trace.stages)
+            reply = KnnReply(
+                n=n,
+                width=width,
+                queued=results.searched_at - ticket.started,
+                searched=now - results.searched_at,
+                stages=stages,
+            )
+        payload = joined_results(results.distances, results.row_ids)
+        if not results.columns:
+            self._finish(ticket, reply, payload)
+            return
+        row_ids = results.row_ids[results.row_ids != MISSING_ROW_ID]
+
+        def read() -> tuple[Message, list[Buffer]]:
+            held = results.held
+            assert held.payload is not None
+            table = held.payload.take(held.view.result_addresses(row_ids)).select(list(results.columns))
+            return reply, [*payload, _stream(table)]
+
+        self._read(self._fetches, ticket, "encode", read)
+
+    def _finish(self, ticket: Ticket, message: Message, payload: Sequence[Buffer] = ()) -> None:
+        if ticket.gone:
+            return
+        del ticket.peer.pending[ticket.request_id]
+        ticket.gone = True
+        ticket.peer.send(message, ticket.request_id, payload)
+        self._metrics.answered(ticket.kind, "ok", ticket.queries, time.monotonic() - ticket.started)
+        _log.debug("%s of %s answered: %d queries", ticket.kind, ticket.peer.name, ticket.queries)
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        if ticket.gone:
+            return
+        self.dropped(ticket)
+        ticket.peer.pending.pop(ticket.request_id, None)
+        ticket.gone = True
+        if isinstance(error, DfaissError):
+            known = error
+            _log.debug("%s of %s failed: %s", ticket.kind, ticket.peer.name, error)
+        else:
+            _log.error("%s of %s failed", ticket.kind, ticket.peer.name, exc_info=error)
+            known = ServerFailed(
+                f"server {self.server_id} failed: {type(error).__name__}",
+                remedy="Its log has the traceback",
+                server=self.server_id,
+            )
+        ticket.peer.send(failure_of(known), ticket.request_id)
+        self._metrics.answered(ticket.kind, type(known).__name__, ticket.queries, time.monotonic() - ticket.started)
+
+
+def _deadline(now: float, timeout: float | None) -> float:
+    if timeout is None:
+        return math.inf
+    if not timeout > 0:  # also what is no number
+        raise DeadlineExceeded("there was no time left when the request arrived", seconds=0.0)
+    return now + timeout
+
+
+def _too_late(ticket: Ticket) -> DeadlineExceeded:
+    seconds = ticket.deadline - ticket.started
+    return DeadlineExceeded(
+        f"the search took longer than the {seconds:.3f} s that it had",
+        remedy="Give it more time, or the cluster more replicas",
+        seconds=seconds,
+    )
+
+
+def _overloaded(what: str, waiting: int, most: int) -> Overloaded:
+    return Overloaded(
+        f"{waiting} {what} are waiting, and this server takes {most}",
+        remedy="Try again later, send fewer at once, or add replicas",
+        waiting=waiting,
+        retry_after_seconds=0.05,
+    )
+
+
+def _check_admin(peer: Peer) -> None:
+    if not peer.admin:
+        raise AccessDenied("that is for admins", remedy="Connect with the admin token")
+
+
+def _stream(table: pa.Table) -> Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return memoryview(sink.getvalue())
+
+
+def _told(stage: Any) -> dict[str, Any]:
+    facts = {name: value.item() if isinstance(value, np.generic) else value for name, value in stage.facts.items()}
+    return {"name": stage.name, "seconds": stage.seconds, "facts": facts}

@@ -1,0 +1,942 @@
+"""One question to a cluster: asked of one replica of each group, at one snapshot, until there is an answer.
+
+Runs on the event loop, by callbacks: a task for each query would cost more than asking it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from ..errors import (
+    AccessDenied,
+    DeadlineExceeded,
+    DfaissError,
+    IndexNotFound,
+    InvalidArgument,
+    Overloaded,
+    ProtocolError,
+    SnapshotGone,
+    TailTooLarge,
+    Unavailable,
+    UnknownColumn,
+)
+from ..merge import merge_topk
+from ..search.arguments import padded
+from ..types import MISSING_ROW_ID, Float32Array, UInt64Array
+from .answers import Answer, read_table, rows_taken
+from .connection import Connection
+from .fleet import Fleet, Replica, Way
+from .routing import HEDGE_BURST_QUERIES, Route, coverage_of, pick
+from .wire import (
+    Buffer,
+    Fetch,
+    Frame,
+    Knn,
+    KnnReply,
+    Message,
+    Offer,
+    Range,
+    RangeReply,
+    Reconstruct,
+    ReconstructReply,
+    TableReply,
+    decode,
+    results_of,
+    vectors_of,
+)
+
+__all__ = [
+    "COALESCED_QUERIES",
+    "Asking",
+    "Call",
+    "FetchAsking",
+    "Found",
+    "KnnAsking",
+    "KnnKey",
+    "RangeAsking",
+    "RangeKey",
+    "ReconstructAsking",
+    "Settle",
+]
+
+COALESCED_QUERIES = 64
+"""Most queries of different calls in one frame: a server searches about as many at a time, and starts with the first
+frame while the next is on its way."""
+
+ANSWER_BYTES = 64 * 1024 * 1024
+"""Most bytes of distances and row ids asked for in one request; more are asked for in several."""
+
+_RESULT_BYTES = 12  # float32 and uint64
+
+# A header is a few hundred bytes, and a filter at most some tens of thousands.
+_HEADER_BYTES = 256 * 1024
+
+# Servers whose errors are told at once.
+_REASONS = 8
+
+# These are the caller's doing: another replica would say the same.
+_CALLERS = (InvalidArgument, UnknownColumn, IndexNotFound, AccessDenied, TailTooLarge, DeadlineExceeded)
+
+# These may pass when a server comes back, or another snapshot is offered.
+_PASSING = (Unavailable, SnapshotGone)
+
+
+class Settle(Protocol):
+    """Where the outcome of a call goes: an asyncio.Future, or what a thread waits on."""
+
+    def done(self) -> bool:
+        """Tell whether nobody waits any more."""
+
+    def set_result(self, result: Any, /) -> None:
+        """Hand over the answer."""
+
+    def set_exception(self, exception: BaseException, /) -> None:
+        """Hand over an error."""
+
+
+class Found(NamedTuple):
+    """What a search found.
+
+    Parameters
+    ----------
+    answer : Answer
+        Distances and row ids; those of a range search are ``(1, n)``.
+    offer : Offer
+        The snapshot.
+    columns : pyarrow.Table or None
+        Columns from the RAM of the servers, of the results that are rows.
+    stages : sequence of (int, dict)
+        What each group did, if that was asked for.
+    """
+
+    answer: Answer
+    offer: Offer
+    columns: pa.Table | None
+    stages: Sequence[tuple[int, dict[str, Any]]]
+
+
+class Call:
+    """One call of a user, waiting for its part of an answer.
+
+    Parameters
+    ----------
+    key : object
+        What is asked; calls of equal keys can be asked together.
+    payload : bytes
+        The queries, or row ids.
+    n : int
+        How many.
+    seconds : float
+        The time that there is.
+    settle : Settle
+        Where the outcome goes.
+    """
+
+    __slots__ = ("asking", "deadline", "key", "n", "payload", "seconds", "settle")
+
+    def __init__(self, key: Any, payload: bytes, n: int, seconds: float, settle: Settle) -> None:
+        self.key = key
+        self.payload = payload
+        self.n = n
+        self.seconds = seconds
+        self.deadline = time.monotonic() + seconds
+        self.settle = settle
+        self.asking: Asking | None = None
+
+    def leave(self) -> None:
+        """Nobody waits for it any more. ``settle`` must be done."""
+        if self.asking is not None:
+            self.asking.left()
+
+
+class _Attempt:
+    """One request to one server."""
+
+    __slots__ = ("connection", "part", "replica", "request_id", "sent_at")
+
+    def __init__(self, part: _Part, replica: Replica, connection: Connection, now: float) -> None:
+        self.part = part
+        self.replica = replica
+        self.connection = connection
+        self.sent_at = now
+        self.request_id = 0
+
+    def answered(self, frame: Frame) -> None:
+        """Take the answer."""
+        self.part.answered(self, frame)
+
+    def failed(self, error: DfaissError) -> None:
+        """Try elsewhere."""
+        self.part.failed(self, error)
+
+    def doubted(self) -> None:
+        """Try elsewhere too."""
+        self.part.doubted()
+
+
+class _Part:
+    """What one group is asked: of one replica, of the next if that fails, of a second one if it takes too long."""
+
+    __slots__ = ("asking", "attempts", "error", "group", "members", "start", "stop", "timer")
+
+    def __init__(self, asking: Asking, group: int, members: Sequence[Replica], start: int, stop: int) -> None:
+        self.asking = asking
+        self.group = group
+        self.members = members
+        self.start = start
+        self.stop = stop
+        self.attempts: list[_Attempt] = []
+        self.timer: asyncio.TimerHandle | None = None
+        self.error: DfaissError | None = None
+
+    @property
+    def n(self) -> int:
+        """Queries, or rows."""
+        return self.stop - self.start
+
+    def ask(self) -> bool:
+        """Ask a replica that was not asked yet; False if there is none."""
+        untried = self._untried()
+        if not untried:
+            return False
+        asking, now = self.asking, time.monotonic()
+        replica = pick(untried, now, random.random)
+        connection = replica.connection()
+        assert connection is not None
+        message, payload = asking.message(self, max(asking.deadline - now, 0.001))
+        attempt = _Attempt(self, replica, connection, now)
+        asking.tried.add((self.start, asking.at, replica, replica.session))
+        self.attempts.append(attempt)
+        replica.began(self.n, now)
+        attempt.request_id = connection.send(message, payload, attempt)
+        asking.fleet.asked()
+        if self.timer is None and self.n <= HEDGE_BURST_QUERIES and len(untried) > 1:
+            self._arm(asking.fleet.delay(asking.kind).seconds)
+        return True
+
+    def answered(self, attempt: _Attempt, frame: Frame) -> None:
+        """Take the first answer; the others are not needed any more."""
+        asking = self.asking
+        value = asking.read(self, frame)
+        now, n = time.monotonic(), self.n
+        seconds = now - attempt.sent_at
+        attempt.replica.ended(n)
+        attempt.replica.answered(seconds, now)
+        if n <= HEDGE_BURST_QUERIES:
+            asking.fleet.delay(asking.kind).saw(seconds)
+        self.attempts.remove(attempt)
+        for other in self.attempts:
+            if other.sent_at < attempt.sent_at:
+                other.replica.overtaken(now - other.sent_at, now)
+        self.end()
+        asking.part_done(self, value)
+
+    def failed(self, attempt: _Attempt, error: DfaissError) -> None:
+        """Ask another replica, unless it is the caller's fault."""
+        asking = self.asking
+        if attempt not in self.attempts:
+            return  # cancelled a moment ago, by the failure of another request on the same connection
+        self.attempts.remove(attempt)
+        attempt.replica.ended(self.n)
+        if isinstance(error, _CALLERS):
+            asking.fail(error)
+            return
+        self.error = error
+        if isinstance(error, SnapshotGone):
+            asking.fleet.forget(attempt.replica, asking.index, asking.at)
+        if self.attempts:
+            return
+        if self.ask():
+            asking.fleet.retries += 1
+        else:
+            asking.part_failed(self)
+
+    def doubted(self) -> None:
+        """Ask another replica, if all that were asked are silent. That is no hedge: it is done for dead servers."""
+        if self.attempts and all(attempt.replica.suspect for attempt in self.attempts) and self.ask():
+            self.asking.fleet.retries += 1
+
+    def end(self) -> None:
+        """Cancel whatever is under way."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        attempts, self.attempts = self.attempts, []
+        for attempt in attempts:
+            attempt.connection.cancel(attempt.request_id)
+            attempt.replica.ended(self.n)
+            attempt.replica.owes(attempt.connection)
+
+    def why(self) -> DfaissError:
+        """Return why there is no answer."""
+        if self.error is None and any(replica.connected for replica in self.members):
+            waiting = sum(replica.outstanding for replica in self.members)
+            return Overloaded(
+                f"{waiting} queries of this client wait for group {self.group}, as many as its servers take",
+                remedy="Ask less at once",
+                waiting=waiting,
+                retry_after_seconds=0.05,
+            )
+        return self.error or Unavailable(f"no server of group {self.group} is there", groups=(self.group,))
+
+    def _untried(self) -> list[Replica]:
+        tried, at, start = self.asking.tried, self.asking.at, self.start
+        found = []
+        for replica in self.members:
+            if not replica.draining and not replica.gone:
+                fresh = (start, at, replica, replica.session) not in tried
+                if fresh and replica.connection() is not None:
+                    found.append(replica)
+        return found
+
+    def _arm(self, seconds: float) -> None:
+        self.timer = self.asking.loop.call_later(seconds, self._hedge, seconds)
+
+    def _hedge(self, seconds: float) -> None:
+        """Ask another replica too, if that is not too much."""
+        self.timer = None
+        if not self._untried():
+            return
+        if not self.asking.fleet.budget.spend(self.n) or not self.ask():
+            self._arm(2 * seconds)
+
+
+class Asking:
+    """A question of one or more calls, asked together.
+
+    Parameters
+    ----------
+    fleet : Fleet
+        Whom to ask.
+    index : str
+        Name of the index.
+    calls : list of Call
+        Who waits.
+    min_coverage : float or None
+        Share of the rows that is enough, 0 to 1; None for all.
+    """
+
+    kind = ""
+    """Answers of one kind take about equally long."""
+
+    def __init__(self, fleet: Fleet, index: str, calls: list[Call], min_coverage: float | None) -> None:
+        self.fleet = fleet
+        self.loop = asyncio.get_running_loop()
+        self.index = index
+        self.calls = calls
+        self.min_coverage = min_coverage
+        self.at = ""
+        self.tried: set[tuple[int, str, Replica, int]] = set()
+        """First query, snapshot, server, and how often that had been connected to: whom not to ask again."""
+        self.deadline = max(call.deadline for call in calls)
+        self.n = sum(call.n for call in calls)
+        self._way: Way | None = None
+        self._open: list[_Part] = []
+        self._answers: dict[tuple[int, int], Any] = {}
+        self._answered: dict[int, int] = {}
+        self._chunks = 1
+        self._left_out: set[int] = set()
+        self._stuck: list[_Part] = []
+        self._parked = False
+        self._over = False
+        self._patience: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    # What a kind of question is.
+
+    def message(self, part: _Part, seconds: float) -> tuple[Message, Sequence[Buffer]]:
+        """Return what to send."""
+        raise NotImplementedError
+
+    def read(self, part: _Part, frame: Frame) -> Any:
+        """Return what was answered; `ProtocolError` if it makes no sense."""
+        raise NotImplementedError
+
+    def finish(self, answers: dict[tuple[int, int], Any]) -> None:
+        """Settle all calls, given the answers by group and first query or row."""
+        raise NotImplementedError
+
+    def chunk(self) -> int:
+        """Return how many queries or rows go in one request."""
+        return self.n
+
+    def find(self) -> Way | None:
+        """Return how to ask now."""
+        return self.fleet.ways.get(self.index)
+
+    @property
+    def way(self) -> Way:
+        """How it is asked; there is one once it is."""
+        assert self._way is not None
+        return self._way
+
+    @property
+    def coverage(self) -> float:
+        """Share of the rows that those hold who are not left out."""
+        return self._covered(self._left_out)
+
+    # What is done with it.
+
+    def begin(self) -> None:
+        """Ask."""
+        for call in self.calls:
+            call.asking = self
+        self.fleet.askings.add(self)
+        self.fleet.budget.earn(self.n)
+        self._expire()
+        if not self._over:
+            self._start(self.find())
+
+    def part_done(self, part: _Part, value: Any) -> None:
+        """Take the answer of a group."""
+        self._open.remove(part)
+        self._answers[part.group, part.start] = value
+        self._answered[part.group] = self._answered.get(part.group, 0) + 1
+        if not self._open and not self._stuck:
+            self._finish()
+
+    def part_failed(self, part: _Part) -> None:
+        """Look for another way, once all replicas of a group have failed."""
+        if self._retry(part):
+            return
+        error = part.why()
+        if self._may_leave_out(part.group):
+            self._leave_out(part.group)
+            if not self._open and not self._stuck:
+                self._finish()
+        elif isinstance(error, _PASSING):
+            self._open.remove(part)
+            self._stuck.append(part)
+            self._park()
+        else:
+            self.fail(error)
+
+    def fail(self, error: DfaissError) -> None:
+        """Give all calls an error."""
+        calls = [call for call in self.calls if not call.settle.done()]
+        self._end()
+        for call in calls:
+            # Each its own: they are raised in different threads and tasks.
+            own = error if len(calls) == 1 else _copied(error)
+            call.settle.set_exception(own)
+
+    def left(self) -> None:
+        """Stop, if nobody waits any more."""
+        if not self._over and all(call.settle.done() for call in self.calls):
+            self._end()
+
+    def _start(self, way: Way | None) -> None:
+        if way is None or not self._enough(way):
+            self._park()
+            return
+        self._cancel_parts()
+        self._way, self.at = way, way.at
+        self._answers, self._answered, self._left_out = {}, {}, set(way.route.missing)
+        step = max(self.chunk(), 1)
+        starts = range(0, max(self.n, 1), step)
+        self._chunks = len(starts)
+        self._open = [
+            _Part(self, group, members, start, min(start + step, self.n))
+            for group, members in way.asked
+            for start in starts
+        ]
+        for part in list(self._open):
+            if self._way is not way or self._over:
+                return
+            if not part.ask():
+                self.part_failed(part)
+        if not self._open and not self._stuck and not self._over and self._way is way:
+            self._finish()
+
+    def _retry(self, part: _Part) -> bool:
+        """Ask a group again, or all of them at another snapshot, if there is somebody new to ask."""
+        way = self.find()
+        if way is None or not self._enough(way):
+            return False
+        if way.at == self.at:
+            part.members = dict(way.asked).get(part.group, ())
+            if part.ask():
+                self.fleet.retries += 1
+                return True
+            return False
+        self.fleet.retries += 1
+        self._start(way)
+        return True
+
+    def _park(self) -> None:
+        """Wait until the ways change; a server that was restarted is back in a moment."""
+        if self._parked:
+            return
+        now = time.monotonic()
+        grace = min(self.fleet.grace(self.index, now), max(self.deadline - now, 0.0))
+        if grace <= 0:
+            self._give_up()
+            return
+        self._parked = True
+        self.fleet.waiting.add(self._changed)
+        self._patience = self.loop.call_later(grace, self._give_up)
+
+    def _unpark(self) -> None:
+        if self._parked:
+            self._parked = False
+            self.fleet.waiting.discard(self._changed)
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+    def _changed(self) -> None:
+        """Try again what is stuck."""
+        way = self.find()
+        if self._over or way is None or not self._enough(way):
+            return
+        if self._way is None or way.at != self.at:
+            self._unpark()
+            self._start(way)
+            return
+        for part in list(self._stuck):
+            part.members = dict(way.asked).get(part.group, ())
+            if part.ask():
+                self._stuck.remove(part)
+                self._open.append(part)
+        if not self._stuck:
+            self._unpark()
+
+    def _give_up(self) -> None:
+        errors = [part.why() for part in self._stuck]
+        gone = next((error for error in errors if isinstance(error, SnapshotGone)), None)
+        self.fail(gone or unavailable(self.fleet, self.index, tuple({part.group for part in self._stuck})))
+
+    def _enough(self, way: Way) -> bool:
+        if way.complete:
+            return True
+        return self.min_coverage is not None and way.route.coverage >= self.min_coverage
+
+    def _covered(self, left_out: set[int]) -> float:
+        route = self.way.route
+        return coverage_of(route.offer.rows, (group for group in route.needed if group not in left_out))
+
+    def _may_leave_out(self, *groups: int) -> bool:
+        return self.min_coverage is not None and self._covered(self._left_out.union(groups)) >= self.min_coverage
+
+    def _leave_out(self, group: int) -> None:
+        self._left_out.add(group)
+        for part in [part for part in self._open if part.group == group]:
+            part.end()
+            self._open.remove(part)
+        self._stuck = [part for part in self._stuck if part.group != group]
+        self._answers = {key: value for key, value in self._answers.items() if key[0] != group}
+
+    def _finish(self) -> None:
+        self._end()
+        self.finish(self._answers)
+
+    def _expire(self) -> None:
+        """Answer the calls whose time is over, and look again when that of the next is."""
+        self._timer = None
+        now = time.monotonic()
+        waiting = [call for call in self.calls if not call.settle.done()]
+        late = [call for call in waiting if call.deadline <= now]
+        if late and self._way is not None and self.min_coverage is not None:
+            unfinished = {part.group for part in (*self._open, *self._stuck)}
+            if self._may_leave_out(*unfinished):
+                # What came is enough; those who wait together have equal time when they take a part.
+                for group in unfinished:
+                    self._leave_out(group)
+                self._finish()
+                return
+        for call in late:
+            call.settle.set_exception(_too_late(call.seconds))
+        if len(late) == len(waiting):
+            self._end()
+        else:
+            first = min(call.deadline for call in waiting if call.deadline > now)
+            self._timer = self.loop.call_later(first - now, self._expire)
+
+    def _cancel_parts(self) -> None:
+        for part in self._open:
+            part.end()
+        self._open, self._stuck = [], []
+
+    def _end(self) -> None:
+        self._over = True
+        self.fleet.askings.discard(self)
+        self._cancel_parts()
+        self._unpark()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for call in self.calls:
+            call.asking = None
+
+
+class KnnKey(NamedTuple):
+    """What is equal in all calls that are asked together.
+
+    Parameters
+    ----------
+    name : str
+        Name of the index.
+    k : int
+        Results.
+    pads : bool
+        Whether to fill up to k.
+    min_coverage, seconds : float or None
+        Share of the rows that is enough, and then also the time that there is.
+    dtype, nprobe, ef, k_factor, filter, tail, columns, explain
+        As in `wire.Knn`.
+    """
+
+    name: str
+    k: int
+    pads: bool
+    dim: int
+    dtype: str
+    nprobe: int | None
+    ef: int | None
+    k_factor: int | None
+    filter: str | None
+    tail: bool
+    columns: tuple[str, ...]
+    explain: bool
+    min_coverage: float | None
+    seconds: float | None
+
+
+class KnnAsking(Asking):
+    """Nearest rows.
+
+    Parameters
+    ----------
+    fleet : Fleet
+        Whom to ask.
+    key : KnnKey
+        What is equal in all calls.
+    calls : list of Call
+        Who waits.
+    """
+
+    def __init__(self, fleet: Fleet, key: KnnKey, calls: list[Call]) -> None:
+        super().__init__(fleet, key.name, calls, key.min_coverage)
+        self.kind = "knn" if key.filter is None else "knn with a filter"
+        self._key = key
+        self._row_bytes = key.dim * (4 if key.dtype == "f4" else 2)
+        self._payload = calls[0].payload if len(calls) == 1 else b"".join([call.payload for call in calls])
+
+    def chunk(self) -> int:
+        """Return how many queries go in one request."""
+        way = self.way
+        if self.n <= COALESCED_QUERIES:
+            return self.n
+        room = max(way.limits.frame_bytes - _HEADER_BYTES, way.limits.frame_bytes // 2)
+        width = min(self._key.k, max(way.rows, 1))
+        return min(self.n, way.limits.queries, room // self._row_bytes, ANSWER_BYTES // (_RESULT_BYTES * width))
+
+    def message(self, part: _Part, seconds: float) -> tuple[Message, Sequence[Buffer]]:
+        """Return what to send."""
+        key, way = self._key, self.way
+        # More results than rows cannot be; a server need not be asked for more than it gives.
+        k = key.k if key.k <= way.limits.k else max(min(key.k, way.rows), 1)
+        whole = part.n == self.n
+        payload = self._payload if whole else self._payload[part.start * self._row_bytes : part.stop * self._row_bytes]
+        message = Knn(
+            index=self.index,
+            at=self.at,
+            k=k,
+            n=part.n,
+            dtype=key.dtype,
+            nprobe=key.nprobe,
+            ef=key.ef,
+            k_factor=key.k_factor,
+            filter=key.filter,
+            tail=key.tail,
+            timeout=seconds,
+            columns=key.columns,
+            explain=key.explain,
+        )
+        return message, (payload,)
+
+    def read(self, part: _Part, frame: Frame) -> Any:
+        """Return distances, row ids, the columns of the rows, and what was done."""
+        reply: KnnReply = decode(frame, KnnReply)
+        if reply.n != part.n:
+            raise ProtocolError(f"an answer to {reply.n} queries, {part.n} were asked")
+        distances, row_ids, rest = results_of(frame.payload, reply.n, reply.width)
+        return distances, row_ids, _columns(row_ids, rest) if self._key.columns else None, reply.stages
+
+    def finish(self, answers: dict[tuple[int, int], Any]) -> None:
+        """Merge, and give each call its part."""
+        distances, row_ids = self._merged(answers)
+        offer, tables = self.way.route.offer, [found[2] for found in answers.values()]
+        stages = [(group, stage) for (group, _), found in sorted(_items(answers)) for stage in found[3]]
+        start = 0
+        for call in self.calls:
+            stop = start + call.n
+            if not call.settle.done():
+                answer = Answer(
+                    distances[start:stop],
+                    row_ids[start:stop],
+                    coverage=self.coverage,
+                    version=offer.version,
+                    generation=offer.generation,
+                    at=offer.at,
+                )
+                columns = None
+                if self._key.columns and tables:
+                    columns = rows_taken(tables, answer[1][answer[1] != MISSING_ROW_ID])
+                call.settle.set_result(Found(answer, offer, columns, stages))
+            start = stop
+
+    def _merged(self, answers: dict[tuple[int, int], Any]) -> tuple[Float32Array, UInt64Array]:
+        by_start: dict[int, list[tuple[Float32Array, UInt64Array]]] = {}
+        for (_, start), found in answers.items():
+            by_start.setdefault(start, []).append((found[0], found[1]))
+        k = self._key.k
+        if not by_start:
+            return padded(
+                np.empty((self.n, 0), np.float32), np.empty((self.n, 0), np.uint64), k if self._key.pads else 1
+            )
+        chunks = []
+        for start in sorted(by_start):
+            parts = by_start[start]
+            if len(parts) == 1:
+                # Copied: what was received can neither be written to, nor be let go of in pieces.
+                distances, row_ids = parts[0]
+                chunks.append((np.array(distances[:, :k]), np.array(row_ids[:, :k])))
+            else:
+                chunks.append(merge_topk(parts, min(k, sum(part[0].shape[1] for part in parts))))
+        width = k if self._key.pads else max(chunk[0].shape[1] for chunk in chunks)
+        full = [chunk if chunk[0].shape[1] == width else padded(*chunk, width) for chunk in chunks]
+        if len(full) == 1:
+            return full[0]
+        return np.concatenate([chunk[0] for chunk in full]), np.concatenate([chunk[1] for chunk in full])
+
+
+class RangeKey(NamedTuple):
+    """A search by radius; see `wire.Range`."""
+
+    name: str
+    radius: float
+    dtype: str
+    nprobe: int | None
+    filter: str | None
+    tail: bool
+    columns: tuple[str, ...]
+    min_coverage: float | None
+
+
+class RangeAsking(Asking):
+    """Rows nearer than a radius.
+
+    Parameters
+    ----------
+    fleet : Fleet
+        Whom to ask.
+    call : Call
+        Who waits; its key is a `RangeKey`.
+    """
+
+    kind = "range"
+
+    def __init__(self, fleet: Fleet, call: Call) -> None:
+        self._key: RangeKey = call.key
+        super().__init__(fleet, self._key.name, [call], self._key.min_coverage)
+
+    def message(self, part: _Part, seconds: float) -> tuple[Message, Sequence[Buffer]]:  # noqa: ARG002 - one query
+        """Return what to send."""
+        key = self._key
+        message = Range(
+            index=self.index,
+            at=self.at,
+            radius=key.radius,
+            dtype=key.dtype,
+            nprobe=key.nprobe,
+            filter=key.filter,
+            tail=key.tail,
+            timeout=seconds,
+            columns=key.columns,
+        )
+        return message, (self.calls[0].payload,)
+
+    def read(self, part: _Part, frame: Frame) -> Any:  # noqa: ARG002 - one query
+        """Return distances, row ids, and the columns of the rows."""
+        reply: RangeReply = decode(frame, RangeReply)
+        distances, row_ids, rest = results_of(frame.payload, 1, reply.n)
+        return distances, row_ids, _columns(row_ids, rest) if self._key.columns else None
+
+    def finish(self, answers: dict[tuple[int, int], Any]) -> None:
+        """Merge."""
+        offer, found = self.way.route.offer, list(answers.values())
+        distances = np.concatenate([each[0] for each in found] or [np.empty((1, 0), np.float32)], axis=1)
+        row_ids = np.concatenate([each[1] for each in found] or [np.empty((1, 0), np.uint64)], axis=1)
+        order = np.lexsort((row_ids[0], distances[0]))
+        answer = Answer(
+            distances[:, order],
+            row_ids[:, order],
+            coverage=self.coverage,
+            version=offer.version,
+            generation=offer.generation,
+            at=offer.at,
+        )
+        columns = rows_taken([each[2] for each in found], answer[1][0]) if self._key.columns and found else None
+        self.calls[0].settle.set_result(Found(answer, offer, columns, ()))
+
+
+class ReconstructAsking(Asking):
+    """Vectors of rows; each group gives those of the rows that it holds.
+
+    Parameters
+    ----------
+    fleet : Fleet
+        Whom to ask.
+    call : Call
+        Who waits; its key is the name of the index, its payload row ids.
+    """
+
+    kind = "reconstruct"
+
+    def __init__(self, fleet: Fleet, call: Call) -> None:
+        super().__init__(fleet, call.key, [call], None)
+
+    def chunk(self) -> int:
+        """Return how many rows go in one request."""
+        return min(max(self.n, 1), self.way.limits.queries, ANSWER_BYTES // (4 * self.way.route.offer.dim))
+
+    def message(self, part: _Part, seconds: float) -> tuple[Message, Sequence[Buffer]]:
+        """Return what to send."""
+        payload = self.calls[0].payload[part.start * 8 : part.stop * 8]
+        return Reconstruct(index=self.index, at=self.at, n=part.n, timeout=seconds), (payload,)
+
+    def read(self, part: _Part, frame: Frame) -> Any:
+        """Return which rows the group holds, and their vectors."""
+        reply: ReconstructReply = decode(frame, ReconstructReply)
+        if reply.n != part.n:
+            raise ProtocolError(f"an answer for {reply.n} rows, {part.n} were asked")
+        return part.stop, *vectors_of(frame.payload, reply.n, reply.held, reply.dim)
+
+    def finish(self, answers: dict[tuple[int, int], Any]) -> None:
+        """Put the vectors in the order of the rows."""
+        call = self.calls[0]
+        vectors = np.empty((self.n, self.way.route.offer.dim), np.float32)
+        known = np.zeros(self.n, dtype=bool)
+        for (_, start), (stop, held, found) in answers.items():
+            vectors[start:stop][held] = found
+            known[start:stop] |= held
+        if known.all():
+            call.settle.set_result(vectors)
+            return
+        row = int(np.frombuffer(call.payload, np.uint64)[~known][0])
+        call.settle.set_exception(
+            InvalidArgument(
+                f"row {row} is not in this index", remedy="It was deleted or skipped", parameter="row_ids", value=row
+            )
+        )
+
+
+class FetchAsking(Asking):
+    """Columns of rows, from any one server that holds the snapshot they were found in.
+
+    Parameters
+    ----------
+    fleet : Fleet
+        Whom to ask.
+    offer : Offer
+        The snapshot.
+    columns : sequence or mapping of str, or None
+        As in `wire.Fetch`.
+    call : Call
+        Who waits; its payload is row ids. It fails with `SnapshotGone` where that is not held anywhere any more.
+    """
+
+    kind = "fetch"
+
+    def __init__(self, fleet: Fleet, offer: Offer, columns: Sequence[str] | dict[str, str] | None, call: Call) -> None:
+        super().__init__(fleet, offer.index, [call], None)
+        self._offer = offer
+        self._columns = columns if columns is None or isinstance(columns, dict) else tuple(columns)
+
+    def find(self) -> Way | None:
+        """Return the servers that hold the snapshot, as if they were replicas of one group."""
+        wanted = (self._offer.index, self._offer.at)
+        members = tuple(
+            replica
+            for replica in self.fleet.everyone()
+            if replica.usable and any((offer.index, offer.at) == wanted for offer in replica.offers)
+        )
+        if not members:
+            return None
+        places = tuple(range(len(members)))
+        limits = members[0].limits
+        return Way(Route(self._offer, (places,), (0,), frozenset()), ((0, members),), True, 0, limits)
+
+    def chunk(self) -> int:
+        """Return how many rows go in one request."""
+        return min(max(self.n, 1), self.way.limits.queries)
+
+    def message(self, part: _Part, seconds: float) -> tuple[Message, Sequence[Buffer]]:
+        """Return what to send."""
+        payload = self.calls[0].payload[part.start * 8 : part.stop * 8]
+        return Fetch(index=self.index, at=self.at, n=part.n, columns=self._columns, timeout=seconds), (payload,)
+
+    def read(self, part: _Part, frame: Frame) -> Any:
+        """Return the table."""
+        reply: TableReply = decode(frame, TableReply)
+        table = read_table(frame.payload)
+        if not reply.rows == len(table) == part.n:
+            raise ProtocolError(f"columns of {len(table)} rows, {part.n} were asked for")
+        return table
+
+    def finish(self, answers: dict[tuple[int, int], Any]) -> None:
+        """Put the tables together."""
+        tables = [answers[key] for key in sorted(answers)]
+        self.calls[0].settle.set_result(tables[0] if len(tables) == 1 else pa.concat_tables(tables))
+
+    def _park(self) -> None:
+        # Nothing is gained by waiting: what was found can be found again at another snapshot.
+        self.fail(SnapshotGone(f"snapshot {self._offer.at!r} is not held any more", snapshot=self._offer.at))
+
+
+def unavailable(fleet: Fleet, index: str, failed: Sequence[int] = ()) -> Unavailable:
+    """Return the error for an index that not enough servers answer for."""
+    missing = fleet.missing(index, failed)
+    groups = f"group {', '.join(map(str, missing.groups))}" if missing.groups else "it"
+    shards = f", which holds {len(missing.shards)} shards ({', '.join(missing.shards[:4])})" if missing.shards else ""
+    return Unavailable(
+        f"index {index!r}: no server answers for {groups}{shards}; {missing.coverage:.1%} of the rows are left"
+        + "".join(f"; {reason}" for reason in fleet.reasons(index)[:_REASONS]),
+        remedy="See that the servers run, or pass allow_partial= to take what there is",
+        groups=missing.groups,
+        shards=missing.shards,
+        coverage=missing.coverage,
+    )
+
+
+def _columns(row_ids: UInt64Array, payload: Buffer) -> tuple[UInt64Array, pa.Table]:
+    table = read_table(payload)
+    found = row_ids[row_ids != MISSING_ROW_ID]
+    if len(table) != len(found):
+        raise ProtocolError(f"columns of {len(table)} rows for {len(found)} results")
+    return found, table
+
+
+def _items(answers: dict[tuple[int, int], Any]) -> list[tuple[tuple[int, int], Any]]:
+    return sorted(answers.items(), key=lambda item: item[0])
+
+
+def _too_late(seconds: float) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"there was no answer within {seconds:g} s", remedy="Pass a longer timeout=, or ask less", seconds=seconds
+    )
+
+
+def _copied(error: DfaissError) -> DfaissError:
+    cls, arguments = error.__reduce__()[:2]
+    copy: DfaissError = cls(*arguments)
+    copy.__cause__ = error.__cause__
+    return copy

@@ -1,0 +1,559 @@
+"""What a server holds: the last few snapshots of each index, loaded, warmed, offered, and freed.
+
+All that changes something runs on one thread, the loader's. Looking something up is safe from any other: what is held
+is replaced as a whole, never changed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import BudgetExceeded, DfaissError, IndexNotFound, SnapshotGone
+from ..lance_io import Payload, PinnedDataset, newest_before, open_dataset
+from ..machine import resident_bytes
+from ..pointers import find_pointer
+from ..search.index import open_view
+from ..search.load import Generation, read_generation
+from ..search.portion import Portion, new_bytes, ram_need
+from ..search.tail import TailLimits
+from ..search.view import View
+from ..types import Float32Array, UInt64Array
+from .cluster import ClusterFile, ServedIndex
+from .placement import place_fragment, place_shards
+from .wire import Offer
+
+__all__ = ["Held", "HoldingOptions", "Holdings", "Shelf", "Sift", "Swap"]
+
+_log = logging.getLogger(__name__)
+
+KEPT_SNAPSHOTS = 3
+"""Snapshots of one index that a server offers: the newest, and those that slower servers may still be at."""
+
+# Names of shards that an offer lists, for messages: a frame must stay small.
+_NAMED_SHARDS = 1_000
+
+# Searches of made-up queries before a snapshot is offered: code, codes and threads are then where they will be used.
+_WARM_SINGLE, _WARM_BATCH, _WARM_K = 24, 32, 10
+
+
+class Sift(Protocol):
+    """Evaluates filters elsewhere; see `sifter.Sifter`."""
+
+    def open(self, key: str, pinned: PinnedDataset, fragment_ids: Sequence[int], columns: Sequence[str]) -> None:
+        """Register what filters of a key are evaluated on."""
+
+    def close_key(self, key: str) -> None:
+        """Forget a key."""
+
+    def matching(self, key: str, sql: str) -> UInt64Array:
+        """Return the addresses of the rows that match."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldingOptions:
+    """How snapshots are held.
+
+    Parameters
+    ----------
+    payload : sequence of str
+        Columns to keep in RAM.
+    filter_columns : sequence of str
+        Columns to keep in the RAM of the process that evaluates filters.
+    columns : sequence of str or None
+        Columns that clients may see; None for all.
+    limits : TailLimits
+        What is read beside the index.
+    ram_limit_bytes : int
+        What the process may use.
+    grace_seconds : float
+        How long an older snapshot is kept after it was last asked for.
+    storage_options : mapping or None
+        For the datasets.
+    allowed_index_uris : sequence of str
+        Places that pointers may lead to.
+    """
+
+    payload: tuple[str, ...] = ()
+    filter_columns: tuple[str, ...] = ()
+    columns: tuple[str, ...] | None = None
+    limits: TailLimits = field(default_factory=TailLimits)
+    ram_limit_bytes: int = 2**62
+    grace_seconds: float = 60.0
+    storage_options: Mapping[str, str] | None = None
+    allowed_index_uris: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Swap:
+    """The last attempt to move an index to another snapshot.
+
+    Parameters
+    ----------
+    at : float
+        When, in seconds since 1970.
+    seconds : float
+        How long it took.
+    outcome : str
+        ``"ok"``, or the name of the error.
+    detail : str
+        The error's message.
+    read_bytes : int
+        Bytes of shards that were read.
+    """
+
+    at: float
+    seconds: float
+    outcome: str
+    detail: str = ""
+    read_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """A snapshot in RAM.
+
+    Parameters
+    ----------
+    offer : Offer
+        What clients are told.
+    view : View
+        Answers.
+    payload : Payload or None
+        Columns in RAM.
+    used_at : float
+        When it was last asked for, on the monotonic clock.
+    """
+
+    offer: Offer
+    view: View
+    payload: Payload | None
+    used_at: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shelf:
+    """Everything of one index.
+
+    Parameters
+    ----------
+    served : ServedIndex
+        What it is.
+    snapshots : mapping of str to Held
+        By name.
+    newest : Held or None
+        The one that was loaded last.
+    swap : Swap or None
+        The last attempt to load another.
+    problem : str or None
+        Why nothing newer is held.
+    loading : str or None
+        What is being loaded.
+    due_at : float
+        When the version was committed that should be held now, in seconds since 1970.
+    """
+
+    served: ServedIndex
+    snapshots: Mapping[str, Held] = field(default_factory=dict)
+    newest: Held | None = None
+    swap: Swap | None = None
+    problem: str | None = None
+    loading: str | None = None
+    due_at: float = 0.0
+
+
+class Holdings:
+    """The snapshots of a server.
+
+    Parameters
+    ----------
+    cluster : ClusterFile
+        Layout and indexes.
+    server_id : int
+        Whose share to load.
+    options : HoldingOptions
+        How.
+    sift : Sift
+        Evaluates filters.
+    changed : callable
+        Called on the loader's thread whenever the offers have changed.
+    swapped : callable
+        Called with the name of an index after each attempt to move it.
+    """
+
+    def __init__(
+        self,
+        cluster: ClusterFile,
+        server_id: int,
+        options: HoldingOptions,
+        sift: Sift,
+        changed: Callable[[], None],
+        swapped: Callable[[str, Swap], None],
+    ) -> None:
+        self.cluster = cluster
+        self._server_id = server_id
+        self._options = options
+        self._sift = sift
+        self._changed = changed
+        self._swapped = swapped
+        self._one_at_a_time = threading.Lock()
+        self.shelves: Mapping[str, Shelf] = {served.name: Shelf(served) for served in cluster.indexes}
+
+    @property
+    def group(self) -> int:
+        """The shard group of this server."""
+        return self.cluster.server(self._server_id).group
+
+    @property
+    def allowed_columns(self) -> tuple[str, ...] | None:
+        """Columns that clients may see; None for all."""
+        return self._options.columns
+
+    @property
+    def offers(self) -> tuple[Offer, ...]:
+        """All that can be asked for, newest first."""
+        found = [held.offer for shelf in self.shelves.values() for held in shelf.snapshots.values()]
+        return tuple(sorted(found, key=lambda offer: offer.order, reverse=True))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every index has a snapshot in the present layout."""
+        epoch = self.cluster.epoch
+        return all(shelf.newest is not None and shelf.newest.offer.epoch == epoch for shelf in self.shelves.values())
+
+    def find(self, index: str, at: str) -> Held:
+        """Return a snapshot.
+
+        Raises
+        ------
+        IndexNotFound
+            If no such index is served.
+        SnapshotGone
+            If it is not held, or not any more.
+        """
+        shelf = self.shelves.get(index)
+        if shelf is None:
+            names = tuple(self.shelves)
+            raise IndexNotFound(
+                f"no index {index!r} is served here", remedy=f"There is {', '.join(names)}", name=index, available=names
+            )
+        held = shelf.snapshots.get(at)
+        if held is None:
+            raise SnapshotGone(
+                f"snapshot {at!r} of index {index!r} is not held here",
+                remedy="Ask for one that is offered",
+                snapshot=at,
+            )
+        held.used_at = time.monotonic()
+        return held
+
+    def follow(self, moment: float | None = None) -> None:
+        """Move every index to the newest version before a moment, where that is not held yet; never raises.
+
+        What goes wrong is logged and kept for the status; what is held goes on being served.
+
+        Parameters
+        ----------
+        moment : float or None
+            Seconds since 1970; None for the newest version there is.
+        """
+        with self._one_at_a_time:
+            for name in self.shelves:
+                self._attempt(name, lambda shelf: self._at_moment(shelf, moment))
+            self._prune()
+
+    def move(self, index: str | None, version: int | None) -> dict[str, Any]:
+        """Move one index, or all, to a version (None: the newest), and return where they are now.
+
+        Raises
+        ------
+        IndexNotFound
+            If there is none of that name.
+        DfaissError
+            What went wrong; what was held goes on being served.
+        """
+        if index is not None and index not in self.shelves:
+            self.find(index, "")
+        with self._one_at_a_time:
+            moved = {}
+            for name in self.shelves if index is None else [index]:
+                error = self._attempt(name, lambda shelf: _at_version(self._handle(shelf), version))
+                if error is not None:
+                    raise error
+                newest = self.shelves[name].newest
+                moved[name] = "" if newest is None else newest.offer.at
+            self._prune()
+            return moved
+
+    def lay_out(self, cluster: ClusterFile) -> None:
+        """Take up another layout: the share of this server in it is loaded, and offered beside the old one."""
+        with self._one_at_a_time:
+            self.cluster = cluster
+            wanted = {served.name: served for served in cluster.indexes}
+            kept = {name: self.shelves.get(name, Shelf(served)) for name, served in wanted.items()}
+            dropped = [shelf for name, shelf in self.shelves.items() if name not in wanted]
+            self.shelves = {name: replace(kept[name], served=served) for name, served in wanted.items()}
+            for shelf in dropped:
+                self._let_go(shelf.snapshots.values())
+            for name in self.shelves:
+                self._attempt(name, self._same_version)
+            self._changed()
+
+    def _attempt(self, name: str, choose: Callable[[Shelf], PinnedDataset | None]) -> DfaissError | None:
+        """Move one index to the version that was chosen; return what went wrong."""
+        started, now = time.monotonic(), time.time()
+        shelf = self.shelves[name]
+        try:
+            pinned = choose(shelf)
+            if pinned is not None:
+                self._put(name, due_at=pinned.committed_at.timestamp())
+            opened = None if pinned is None else self._open(shelf, pinned)
+        except DfaissError as exc:
+            seconds = time.monotonic() - started
+            if str(exc) != shelf.problem:
+                _log.warning("index %r: cannot be moved: %s", name, exc)
+            swap = Swap(at=now, seconds=seconds, outcome=type(exc).__name__, detail=str(exc))
+            self._put(name, swap=swap, problem=str(exc), loading=None)
+            self._swapped(name, swap)
+            return exc
+        if opened is None:
+            if shelf.problem is not None or shelf.loading is not None:
+                self._put(name, problem=None, loading=None)
+            return None
+        held, read_bytes = opened
+        swap = Swap(at=now, seconds=time.monotonic() - started, outcome="ok", read_bytes=read_bytes)
+        self._offer(name, held, swap)
+        self._swapped(name, swap)
+        return None
+
+    def _at_moment(self, shelf: Shelf, moment: float | None) -> PinnedDataset | None:
+        handle = self._handle(shelf)
+        chosen = handle.latest() if moment is None else newest_before(handle, moment)
+        newest = shelf.newest
+        if newest is None:
+            # Nothing to serve yet: what was committed a moment ago is better than nothing.
+            return handle.latest() if chosen is None or not self._has_index(shelf, chosen) else chosen
+        if chosen is None or (chosen.version, chosen.committed_at) == _moment_of(newest.view.pinned):
+            chosen = newest.view.pinned  # a pointer that lies outside the dataset may have moved all the same
+            if shelf.served.index_uri is None and newest.offer.epoch == self.cluster.epoch:
+                return None
+        elif chosen.version < newest.view.pinned.version and chosen.committed_at <= newest.view.pinned.committed_at:
+            return None  # moved ahead of the grid by hand
+        return chosen
+
+    def _has_index(self, shelf: Shelf, pinned: PinnedDataset) -> bool:
+        try:
+            find_pointer(pinned, shelf.served.index, shelf.served.index_uri)
+        except IndexNotFound:
+            return False
+        return True
+
+    def _same_version(self, shelf: Shelf) -> PinnedDataset | None:
+        if shelf.newest is None:
+            return self._handle(shelf).latest()
+        return None if shelf.newest.offer.epoch == self.cluster.epoch else shelf.newest.view.pinned
+
+    def _handle(self, shelf: Shelf) -> PinnedDataset:
+        # Anew each time: the version that is held may have been cleaned up, and the dataset been written anew.
+        return PinnedDataset(open_dataset(shelf.served.dataset, storage_options=self._options.storage_options))
+
+    def _open(self, shelf: Shelf, pinned: PinnedDataset) -> tuple[Held, int] | None:
+        """Load what is new of a snapshot; None if it is held already."""
+        newest = shelf.newest
+        generation = self._generation(shelf, pinned)
+        at = _name_of(self.cluster.epoch, pinned, generation)
+        if at in shelf.snapshots:
+            return None
+        self._put(shelf.served.name, loading=f"version {pinned.version}, generation {generation.manifest.generation}")
+        portion = self._portion(generation)
+        before = None if newest is None else newest.view
+        read_bytes = new_bytes(generation, portion, before)
+        self._check_ram(generation, portion, read_bytes)
+        key = f"{shelf.served.name}/{at}"
+        view = open_view(
+            pinned,
+            generation,
+            self._options.limits,
+            before=before,
+            portion=portion,
+            sift=functools.partial(self._sift.matching, key),
+        )
+        view.prepare()
+        fragments = view.fragment_ids
+        payload = None
+        if self._options.payload:
+            payload = Payload(
+                pinned, self._options.payload, fragments, before=None if newest is None else newest.payload
+            )
+        self._sift.open(key, pinned, fragments, self._options.filter_columns)
+        _warm(view)
+        offer = self._offer_of(shelf.served.name, at, view, portion)
+        _log.info(
+            "index %r: %s ready: version %d, generation %s, %d rows of group %d, %d bytes read",
+            shelf.served.name,
+            at,
+            pinned.version,
+            generation.manifest.generation,
+            view.rows,
+            portion.group,
+            read_bytes,
+        )
+        return Held(offer, view, payload, time.monotonic()), read_bytes
+
+    def _generation(self, shelf: Shelf, pinned: PinnedDataset) -> Generation:
+        served = shelf.served
+        found = find_pointer(pinned, served.index, served.index_uri)
+        if shelf.newest is not None and shelf.newest.view.generation.found.text == found.text:
+            return shelf.newest.view.generation
+        allowed = self._options.allowed_index_uris + (() if served.index_uri is None else (served.index_uri,))
+        return read_generation(pinned, found, allowed)
+
+    def _portion(self, generation: Generation) -> Portion:
+        weights = self.cluster.weights_by_group()
+        shards = [
+            (record.index.digest, record.index.length_bytes + (record.refine.length_bytes if record.refine else 0))
+            for record in generation.records
+        ]
+        groups = place_shards(shards, weights)
+        return Portion(
+            group=self.group,
+            groups=len(weights),
+            of_shards={digest: group for (digest, _), group in zip(shards, groups, strict=True)},
+            of_fragment=functools.partial(place_fragment, weights=weights),
+        )
+
+    def _check_ram(self, generation: Generation, portion: Portion, read_bytes: int) -> None:
+        """Refuse to load what does not fit.
+
+        Raises
+        ------
+        BudgetExceeded
+            With the numbers.
+        """
+        need = ram_need(generation, portion)
+        used, limit = resident_bytes(), self._options.ram_limit_bytes
+        more = min(need.total_bytes, read_bytes + min(need.largest_shard_bytes, read_bytes) + need.row_bytes)
+        if used + more > limit:
+            raise BudgetExceeded(
+                f"generation {generation.manifest.generation} needs {more:,} bytes more RAM in group {portion.group}"
+                f" ({read_bytes:,} of new shards); {used:,} of {limit:,} are used",
+                remedy="Give the server more memory, or the cluster more groups",
+                needed_bytes=used + more,
+                budget_bytes=limit,
+            )
+
+    def _offer_of(self, name: str, at: str, view: View, portion: Portion) -> Offer:
+        manifest, names = view.generation.manifest, view.pinned.column_names
+        allowed = self._options.columns
+        return Offer(
+            index=name,
+            at=at,
+            epoch=self.cluster.epoch,
+            version=view.pinned.version,
+            committed_at=view.pinned.committed_at.timestamp(),
+            generation=manifest.generation,
+            created_at=manifest.created_at,
+            group=portion.group,
+            rows=view.rows_by_group,
+            shards=view.shards[:_NAMED_SHARDS],
+            metric=view.metric,
+            dim=view.model.spec.dim,
+            lists=manifest.spec.num_partitions if view.family == "ivf" else 0,
+            column=view.resolution.column.name,
+            columns=tuple(column for column in names if allowed is None or column in allowed),
+            payload=self._options.payload,
+        )
+
+    def _offer(self, name: str, held: Held, swap: Swap) -> None:
+        shelf = self.shelves[name]
+        snapshots = {held.offer.at: held}
+        replaced = shelf.newest is not None and shelf.newest.offer.version > held.offer.version
+        # A dataset that was written anew starts counting anew: clients must not take the old one for the newer.
+        if not replaced:
+            snapshots.update(shelf.snapshots)
+        kept = sorted(snapshots.values(), key=lambda each: each.offer.order, reverse=True)[:KEPT_SNAPSHOTS]
+        self._put(
+            name,
+            snapshots={each.offer.at: each for each in kept},
+            newest=held,
+            swap=swap,
+            problem=None,
+            loading=None,
+        )
+        self._changed()
+        self._let_go([each for each in shelf.snapshots.values() if each not in kept])
+
+    def _prune(self) -> None:
+        """Free the older snapshots that nobody has asked for in a while."""
+        now = time.monotonic()
+        for name, shelf in list(self.shelves.items()):
+            over = [
+                held
+                for held in shelf.snapshots.values()
+                if held is not shelf.newest and now - held.used_at > self._options.grace_seconds
+            ]
+            if over:
+                self._put(name, snapshots={at: held for at, held in shelf.snapshots.items() if held not in over})
+                self._changed()
+                self._let_go(over)
+
+    def _let_go(self, snapshots: Sequence[Held] | Any) -> None:
+        keys = [f"{held.offer.index}/{held.offer.at}" for held in snapshots]
+        for key in keys:
+            self._sift.close_key(key)
+        if keys:
+            give_memory_back()
+
+    def _put(self, name: str, **changes: Any) -> None:
+        self.shelves = {**self.shelves, name: replace(self.shelves[name], **changes)}
+
+
+def give_memory_back() -> None:
+    """Return what was freed to the system: the allocator keeps it otherwise, for searches that never come."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _at_version(handle: PinnedDataset, version: int | None) -> PinnedDataset:
+    return handle.latest() if version is None else handle.at_version(version)
+
+
+def _moment_of(pinned: PinnedDataset) -> tuple[int, Any]:
+    return pinned.version, pinned.committed_at
+
+
+def _name_of(epoch: int, pinned: PinnedDataset, generation: Generation) -> str:
+    # A version number can come again, on a branch or a dataset that is made anew; not at the same time.
+    moment = int(pinned.committed_at.timestamp() * 1000)
+    return f"{epoch}.{pinned.version}.{moment:x}.{generation.manifest.generation[:12]}"
+
+
+def _warm(view: View) -> None:
+    """Search like clients will, so that the first of them does not wait for what happens only once."""
+    if not view.rows:
+        return
+    queries = _likely_queries(view)
+    widths = view.widths(None, None, None)
+    selection = view.cached(None, include_tail=True) or view.select(None, include_tail=False)
+    for query in queries[:_WARM_SINGLE]:
+        view.knn(query[None], _WARM_K, widths, selection)
+    view.knn(queries, _WARM_K, widths, selection)
+
+
+def _likely_queries(view: View) -> Float32Array:
+    """Return float32 ``(_WARM_BATCH, dim)``: rows of the index where it can decode them, else noise."""
+    rng = np.random.default_rng(0)
+    positions = np.flatnonzero(view.snapshot.live)
+    if len(positions) and all(loaded.segment.can_decode for loaded in view.loaded):
+        chosen = np.sort(rng.choice(positions, size=_WARM_BATCH))
+        return view.vectors(view.snapshot.row_ids.numbers(chosen))
+    return rng.standard_normal((_WARM_BATCH, view.model.spec.dim)).astype(np.float32)

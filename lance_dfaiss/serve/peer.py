@@ -1,0 +1,233 @@
+"""One connection of a server: frames in, frames out, and who is at the other end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+from ..errors import AccessDenied, DfaissError, ProtocolError
+from .security import Rights
+from .wire import (
+    HELLO_BYTES,
+    PROTOCOL,
+    REQUESTS,
+    Buffer,
+    Failure,
+    Frame,
+    FrameReader,
+    Hello,
+    Limits,
+    Message,
+    Offers,
+    Welcome,
+    decode,
+    encode,
+    failure_of,
+)
+
+__all__ = ["Host", "Peer", "Ticket"]
+
+_log = logging.getLogger(__name__)
+
+HELLO_SECONDS = 10.0
+"""How long somebody who has connected may take to say who they are, TLS included."""
+
+MAX_UNSENT_BYTES = 8 * 1024 * 1024
+"""Answers that a client has not read yet; beyond that nothing more is read from it."""
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A request that is being answered.
+
+    Parameters
+    ----------
+    peer : Peer
+        Who asked.
+    request_id : int
+        By which the client knows it.
+    kind : str
+        ``"knn"``, ``"range"``, ``"fetch"``..., for metrics.
+    started, deadline : float
+        When it came in, and until when somebody waits; on the monotonic clock.
+    queries : int
+        How many.
+    work : object
+        What has come of it so far; of whoever answers it.
+    gone : bool
+        Nobody waits any more.
+    """
+
+    peer: Peer
+    request_id: int
+    kind: str
+    started: float
+    deadline: float
+    queries: int = 1
+    work: Any = None
+    gone: bool = field(default=False, init=False)
+
+
+class Host(Protocol):
+    """What a connection needs of its server."""
+
+    @property
+    def server_id(self) -> int:
+        """Number of the server."""
+
+    @property
+    def limits(self) -> Limits:
+        """What is taken from one client."""
+
+    @property
+    def offers(self) -> Offers:
+        """What can be asked for now."""
+
+    def joined(self, peer: Peer) -> bool:
+        """Note a connection; False if there are too many."""
+
+    def left(self, peer: Peer) -> None:
+        """Note that a connection has ended."""
+
+    def rights_of(self, token: str, *, certificate: bool) -> Rights:
+        """Return what somebody may do."""
+
+    def handle(self, peer: Peer, frame: Frame) -> None:
+        """Answer a request, now or later."""
+
+    def dropped(self, ticket: Ticket) -> None:
+        """Stop working on a request that nobody waits for."""
+
+
+class Peer(asyncio.Protocol):
+    """A client, as the server sees it.
+
+    Parameters
+    ----------
+    host : Host
+        The server.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._reader = FrameReader(HELLO_BYTES, REQUESTS)
+        self._unsent: list[Buffer] = []
+        self._rights: Rights | None = None
+        self.name = ""
+        self.pending: dict[int, Ticket] = {}
+        """Requests that wait for an answer, by their id."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Somebody has connected."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._loop = asyncio.get_running_loop()
+        address = transport.get_extra_info("peername") or ("?", 0)
+        self.name = f"{address[0]}:{address[1]}"
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
+        self._patience = self._loop.call_later(HELLO_SECONDS, self.close)
+        if not self._host.joined(self):
+            self._refuse(DfaissError("this server has as many connections as it takes", remedy="Close some"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The other end has gone: nobody waits for its answers."""
+        self._patience.cancel()
+        pending, self.pending = self.pending, {}
+        for ticket in pending.values():
+            ticket.gone = True
+            self._host.dropped(ticket)
+        self._host.left(self)
+        if exc is not None:
+            _log.debug("client %s is gone: %s", self.name, exc)
+
+    def pause_writing(self) -> None:
+        """Read no more from a client that does not read its answers."""
+        self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """It reads again."""
+        self._transport.resume_reading()
+
+    def data_received(self, data: bytes) -> None:
+        """Handle what has arrived."""
+        try:
+            for frame in self._reader.feed(data):
+                if self._rights is None:
+                    self._greet(frame)
+                else:
+                    self._host.handle(self, frame)
+                if self._transport.is_closing():
+                    return
+        except ProtocolError as exc:
+            _log.warning("client %s: %s", self.name, exc)
+            self._refuse(exc)
+        except DfaissError as exc:
+            _log.warning("client %s refused: %s", self.name, exc)
+            self._refuse(exc)
+
+    @property
+    def admin(self) -> bool:
+        """Whether it may do more than ask."""
+        return self._rights is not None and self._rights.admin
+
+    def send(self, message: Message, request_id: int, payload: Sequence[Buffer] = ()) -> None:
+        """Send a frame, together with others of the same turn of the loop."""
+        if not self._unsent:
+            self._loop.call_soon(self._flush)
+        self._unsent += encode(message, request_id, payload)
+
+    def announce(self, offers: Offers) -> None:
+        """Tell what can be asked for now, if the client has been welcomed."""
+        if self._rights is not None:
+            self.send(offers, 0)
+
+    def close(self) -> None:
+        """Send what is left, and hang up."""
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        unsent, self._unsent = self._unsent, []
+        if unsent and not self._transport.is_closing():
+            self._transport.write(b"".join(unsent))
+
+    def _greet(self, frame: Frame) -> None:
+        hello = decode(frame, Hello)
+        if hello.protocol != PROTOCOL:
+            raise ProtocolError(
+                f"the client speaks protocol version {hello.protocol}, this server {PROTOCOL}",
+                remedy="Install the same version of lance-dfaiss on both sides",
+            )
+        tls: Any = self._transport.get_extra_info("ssl_object")
+        rights = self._host.rights_of(hello.token, certificate=tls is not None and bool(tls.getpeercert()))
+        if not rights.read:
+            raise AccessDenied(
+                "wrong token" if hello.token else "this server asks for a token, and none was given",
+                remedy="Pass token=... to connect",
+            )
+        self._patience.cancel()
+        self._rights = rights
+        limits, offers = self._host.limits, self._host.offers
+        self._reader.max_bytes = limits.frame_bytes
+        welcome = Welcome(
+            protocol=PROTOCOL,
+            server=self._host.server_id,
+            epoch=offers.epoch,
+            limits=limits,
+            offers=offers.offers,
+            admin=rights.admin,
+            draining=offers.draining,
+        )
+        self.send(welcome, frame.request_id)
+        _log.debug("client %s: %r", self.name, hello.client)
+
+    def _refuse(self, error: DfaissError) -> None:
+        failure: Failure = failure_of(error)
+        self.send(failure, 0)
+        self.close()
