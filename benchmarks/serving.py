@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 import lance_dfaiss
+from lance_dfaiss.lance_io import PinnedDataset
 from lance_dfaiss.launch.local import LocalCluster
 from lance_dfaiss.launch.options import ServeOptions
-from lance_dfaiss.lance_io import PinnedDataset
 from lance_dfaiss.merge import merge_topk
 from lance_dfaiss.pointers import find_pointer
 from lance_dfaiss.search.index import open_view
@@ -286,9 +286,8 @@ def _ways(settings: Settings, case: _Case) -> Outcome:
                 if name != "plain"
             ]
     dim = corpus.vectors.shape[1]
-    outcome.notes.append(
-        f"{corpus}: a query and its answer are {_frame_bytes(dim, 'f4'):,} bytes, {_frame_bytes(dim, 'f2'):,} as float16."
-    )
+    whole, half = _frame_bytes(dim, "f4"), _frame_bytes(dim, "f2")
+    outcome.notes.append(f"{corpus}: a query and its answer are {whole:,} bytes, {half:,} as float16.")
     return outcome
 
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .plugin import DfaissDataset, dataset
     from .progress import Progress, ProgressEvent, SilentProgress
     from .search import Explanation, Index, IndexStats, open_index
+    from .serve.client import connect, connect_async
     from .spec import BuildOptions, IndexSpec, SearchOptions
     from .types import MISSING_ROW_ID
 
@@ -69,6 +70,8 @@ __all__ = [
     "UpdateReport",
     "__version__",
     "adopt_index",
+    "connect",
+    "connect_async",
     "create_index",
     "dataset",
     "describe_index",
@@ -104,6 +107,8 @@ _HOMES = {
     "SyncReport": "build",
     "UpdateReport": "build",
     "adopt_index": "manage",
+    "connect": "serve.client",
+    "connect_async": "serve.client",
     "create_index": "build",
     "dataset": "plugin",
     "describe_index": "manage",

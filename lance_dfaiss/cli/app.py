@@ -12,13 +12,16 @@ import typer
 from .._version import __version__
 from .build import build
 from .change import adopt, rollback
+from .cluster import reload, status
 from .drop import drop
 from .edge import PROGRAM, CommandGroup, usage_error
 from .gc import gc
 from .look import describe, list_names
 from .options import command
 from .plan import plan
+from .query import query
 from .search import search
+from .serve import serve
 from .upkeep import optimize, sync, update
 from .verify import verify
 
@@ -32,7 +35,7 @@ app = typer.Typer(
     cls=CommandGroup,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Build, search and look after FAISS indexes of Lance datasets.",
+    help="Build, search, look after and serve FAISS indexes of Lance datasets.",
     epilog="Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
 )
 
@@ -62,24 +65,28 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def global_options(
+    context: typer.Context,
     *,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error, and Lance's own warnings.")
     ] = False,
     log_level: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--log-level",
             envvar="LANCE_DFAISS_LOG_LEVEL",
             metavar="LEVEL",
-            help=f"Log to stderr from this level on: {', '.join(_LEVELS)}.",
+            help=f"Log to stderr from this level on: {', '.join(_LEVELS)}. warning if left out, info for serve.",
         ),
-    ] = "warning",
+    ] = None,
     version: Annotated[  # noqa: ARG001 - acts through its callback
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Build, search and look after FAISS indexes of Lance datasets."""
+    """Build, search, look after and serve FAISS indexes of Lance datasets."""
+    if log_level is None:
+        # Who runs a server reads its log.
+        log_level = "info" if context.invoked_subcommand == "serve" else "warning"
     if log_level.lower() not in _LEVELS:
         raise usage_error(f"--log-level must be one of {', '.join(_LEVELS)}, not {log_level!r}")
     logging.basicConfig(
@@ -104,5 +111,9 @@ for name, function in (
     ("rollback", rollback),
     ("adopt", adopt),
     ("drop", drop),
+    ("serve", serve),
+    ("query", query),
+    ("status", status),
+    ("reload", reload),
 ):
     app.command(name)(command(function))

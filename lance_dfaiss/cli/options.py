@@ -297,4 +297,6 @@ def _parameters(group: Any) -> list[inspect.Parameter]:
 
 
 def _default(entry: Field[Any]) -> Any:
-    return entry.default if entry.default_factory is MISSING else entry.default_factory()
+    if entry.default_factory is not MISSING:
+        return entry.default_factory()
+    return inspect.Parameter.empty if entry.default is MISSING else entry.default

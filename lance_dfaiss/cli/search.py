@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from ..lance_io import PinnedDataset
     from ..search import Explanation, Index
 
-__all__ = ["search"]
+__all__ = ["K", "QueryFlags", "ResultFlags", "count_queries", "explanation_report", "given_query", "search"]
 
 _MAX_ROW_ID = 2**64 - 2
-_K = 10
+K = 10
 _QUERY, _RESULT = "What to look for, one of them", "What to return"
 
 
@@ -69,7 +69,7 @@ class ResultFlags:
     """What to return, and how hard to look."""
 
     k: Annotated[
-        int | None, typer.Option("--k", "-k", min=1, rich_help_panel=_RESULT, help=f"Rows to find, {_K} if left out.")
+        int | None, typer.Option("--k", "-k", min=1, rich_help_panel=_RESULT, help=f"Rows to find, {K} if left out.")
     ] = None
     radius: Annotated[
         float | None,
@@ -134,9 +134,11 @@ def search(
     """Find the rows nearest to a query."""
     query.check()
     result.check()
-    given, where = _given_query(query), access.of_dataset()
-    if result.radius is not None and given is not None and _count(given) != 1:
-        raise usage_error(f"--radius takes one query, and {query.vector_file!r} has {_count(given)}: choose a --row")
+    given, where = given_query(query), access.of_dataset()
+    if result.radius is not None and given is not None and count_queries(given) != 1:
+        raise usage_error(
+            f"--radius takes one query, and {query.vector_file!r} has {count_queries(given)}: choose a --row"
+        )
     from .. import open_index
     from ..lance_io import PinnedDataset, open_dataset
 
@@ -156,7 +158,7 @@ def _found(opened: Index, query: Any, columns: list[str], result: ResultFlags) -
     table: pa.Table
     if result.radius is None:
         table = opened.search(
-            query, result.k or _K, columns=columns, ef=result.ef, k_factor=result.k_factor, **result.among()
+            query, result.k or K, columns=columns, ef=result.ef, k_factor=result.k_factor, **result.among()
         )
     else:
         table = opened.range_search(query, result.radius, columns=columns, **result.among())
@@ -165,7 +167,7 @@ def _found(opened: Index, query: Any, columns: list[str], result: ResultFlags) -
         "index": opened.name,
         "version": opened.version,
         "metric": opened.manifest.spec.metric,
-        "k": (result.k or _K) if result.radius is None else None,
+        "k": (result.k or K) if result.radius is None else None,
         "radius": result.radius,
         "filter": result.filter,
         "rows": rows,
@@ -175,14 +177,29 @@ def _found(opened: Index, query: Any, columns: list[str], result: ResultFlags) -
 
 def _explained(opened: Index, query: Any, columns: list[str], result: ResultFlags) -> Report:
     told: Explanation = opened.explain(
-        query, result.k or _K, columns=columns, ef=result.ef, k_factor=result.k_factor, **result.among()
+        query, result.k or K, columns=columns, ef=result.ef, k_factor=result.k_factor, **result.among()
     )
+    return explanation_report(opened.name, told, result.filter)
+
+
+def explanation_report(name: str, told: Explanation, filter: str | None) -> Report:
+    """Return what a search says it did.
+
+    Parameters
+    ----------
+    name : str
+        Of the index.
+    told : Explanation
+        What it says.
+    filter : str or None
+        Among which rows.
+    """
     document = {
-        "index": opened.name,
+        "index": name,
         "version": told.version,
         "queries": told.queries,
         "k": told.k,
-        "filter": result.filter,
+        "filter": filter,
         "results": told.results,
         "seconds": told.seconds,
         "rows": {
@@ -196,12 +213,13 @@ def _explained(opened: Index, query: Any, columns: list[str], result: ResultFlag
     return Report(document, [Line(text) for text in str(told).splitlines()])
 
 
-def _count(queries: Any) -> int:
+def count_queries(queries: Any) -> int:
     """Count the queries: a list is the numbers of one, an array of two dimensions has one per row."""
     return len(queries) if getattr(queries, "ndim", 1) == 2 else 1
 
 
-def _given_query(query: QueryFlags) -> Any:
+def given_query(query: QueryFlags) -> Any:
+    """Return the query that was given by its numbers, None if it is a row; a usage error if it cannot be read."""
     if query.vector is not None:
         return _numbers(query.vector)
     return None if query.vector_file is None else _from_file(query.vector_file, query.row)

@@ -7,6 +7,7 @@ from .columns import ColumnsInMemory
 from .fields import VectorColumn
 from .grid import newest_before
 from .history import DatasetHistory
+from .payload import Payload
 from .pinned import PinnedDataset, VersionMetadata, move_to_latest, open_dataset
 from .place import DatasetPlace, PlaceOpener
 
@@ -16,6 +17,7 @@ __all__ = [
     "DatasetHistory",
     "DatasetPlace",
     "LanceDataset",
+    "Payload",
     "PinnedDataset",
     "PlaceOpener",
     "Sample",

@@ -25,6 +25,9 @@ _FILTER_BATCH_ROWS = 32_768
 
 _FILTER_READAHEAD = 4
 
+# More is read no faster, and of wide columns lies about in RAM: 250 MB instead of 500 with texts of 1 KB.
+_FILTER_IO_BUFFER_BYTES = 32 * 1024 * 1024
+
 # All that Lance says where its planner came upon a part of SQL that it has no code for ($1, :name, N'text').
 _PANIC = "Task was aborted"
 
@@ -40,6 +43,7 @@ def matching_rows(dataset: LanceDataset, filter_sql: str, fragments: list[Any] |
             scan_in_order=True,
             batch_size=_FILTER_BATCH_ROWS,
             batch_readahead=_FILTER_READAHEAD,
+            io_buffer_size=_FILTER_IO_BUFFER_BYTES,
         ).to_table()
     except ValueError as exc:
         said = LANCE_SOURCE.sub("", str(exc).strip())

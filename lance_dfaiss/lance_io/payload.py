@@ -189,7 +189,7 @@ class Payload:
             If a row is not in these fragments.
         """
         if not len(addresses):
-            return self._schema.empty_table()
+            return self._nothing
         fragment_ids = (addresses >> np.uint64(32)).astype(np.int64)
         offsets = (addresses & OFFSET_MASK).astype(np.int64)
         at = np.minimum(np.searchsorted(self._fragment_ids, fragment_ids), len(self._fragment_ids) - 1)
@@ -223,6 +223,8 @@ class Payload:
             numbers.append(number)
         self._together = [(starts, columns) for starts, columns, _ in alike.values()]
         self._order = np.argsort([number for *_, numbers in alike.values() for number in numbers]).tolist()
+        empty = [pa.nulls(0, field.type) for field in self._schema]
+        self._nothing = pa.Table.from_arrays(empty, schema=self._schema)
 
     def _read(
         self, pinned: PinnedDataset, names: list[str], fragment_ids: Sequence[int], keys: Mapping[str, Sequence[_Key]]

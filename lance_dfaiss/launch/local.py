@@ -207,10 +207,9 @@ class LocalCluster:
             return {server: member.life.state for server, member in self._members.items()}
 
     @property
-    def over(self) -> bool:
-        """Whether no server runs, and none will."""
-        with self._changed:
-            return all(member.life.over for member in self._members.values())
+    def failed(self) -> list[int]:
+        """Servers that were given up."""
+        return [server for server, state in self.states.items() if state is State.FAILED]
 
     def start(self) -> None:
         """Write the cluster file, start the servers, and wait until each is ready.
@@ -251,17 +250,17 @@ class LocalCluster:
                 member.hang_up()
                 if runs:
                     member.signal(signal.SIGTERM)
-            ended = self._changed.wait_for(self._none_runs, self._stop_seconds if self._watcher else 0)
+            ended = self._watcher is None or self._changed.wait_for(self._none_runs, self._stop_seconds)
             if not ended:
-                self._kill()
+                self._kill_late()
         self._end_watching()
 
     def kill(self) -> None:
-        """End all servers at once."""
+        """End all servers at once, without waiting for that; safe to call from a signal handler."""
         with self._changed:
             for member in self._members.values():
                 member.life = member.life.told_to_stop(time.monotonic())
-            self._kill()
+                member.signal(signal.SIGKILL)
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait until no server runs and none will, and tell whether that is so.
@@ -426,13 +425,12 @@ class LocalCluster:
     def _none_runs(self) -> bool:
         return not any(member.life.runs for member in self._members.values())
 
-    def _kill(self) -> None:
+    def _kill_late(self) -> None:
         for member in self._members.values():
             if member.life.runs:
                 _log.warning("server %d did not stop in time, and is killed", member.entry.id)
                 member.signal(signal.SIGKILL)
-        if self._watcher is not None:
-            self._changed.wait_for(self._none_runs)
+        self._changed.wait_for(self._none_runs)
 
     # What runs on the watching thread.
 

@@ -25,7 +25,7 @@ from .sockets import adopted
 if TYPE_CHECKING:
     from ..serve.server import Server, ServerConfig
 
-__all__ = ["Orders", "main", "run_server"]
+__all__ = ["LOG_FORMAT", "Orders", "leave", "main", "quiet_libraries", "run_server"]
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ def main() -> NoReturn:
     """
     orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=Orders)
     logging.basicConfig(level=orders.options.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
+    quiet_libraries()
     threading.Thread(target=_stop_with_stdin, name="lance-dfaiss-parent", daemon=True).start()
     notifier = Notifier(os.environ)
     try:
@@ -79,6 +80,12 @@ def main() -> NoReturn:
         sys.stderr.write(f"error: {exc.message}\n" + (f"  {exc.remedy}\n" if exc.remedy else ""))
         status = 1
     leave(status)
+
+
+def quiet_libraries() -> None:
+    """Keep out of the log what libraries say when they are loaded: half a dozen lines that tell nobody anything."""
+    if logging.getLogger().getEffectiveLevel() >= logging.INFO:
+        logging.getLogger("faiss.loader").setLevel(logging.WARNING)
 
 
 def leave(status: int) -> NoReturn:

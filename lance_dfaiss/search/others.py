@@ -32,9 +32,9 @@ class _Deletions:
 
     def alive(self, fragment_ids: Iterable[int]) -> dict[int, NDArray[np.bool_]]:
         """Return bool ``(physical_rows,)`` of those fragments that have deletions."""
-        wanted = [i for i in fragment_ids if self.states[i].deleted_rows]
+        wanted = {i for i in fragment_ids if self.states[i].deleted_rows}
         self.held = {i: rows for i, rows in self.held.items() if i in wanted}
-        read = self.pinned.live_offsets_of([i for i in wanted if i not in self.held])
+        read = self.pinned.live_offsets_of(sorted(wanted - self.held.keys()))
         for i, offsets in read.items():
             self.held[i] = np.zeros(self.states[i].physical_rows, dtype=bool)
             self.held[i][offsets] = True

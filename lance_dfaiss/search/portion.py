@@ -12,7 +12,7 @@ from ..manifest import ShardRecord
 from ..plan import RowCost
 from .load import Generation, LoadedSegment, in_order, is_model_of, reusable
 
-__all__ = ["Holding", "Portion", "RamNeed", "new_bytes", "ram_need"]
+__all__ = ["Held", "Portion", "RamNeed", "new_bytes", "ram_need"]
 
 # Bytes of a position: whether it is live (one), and one bit each of the mask of a search and of a filter.
 _ROW_BITS = 8 + 1 + 1
@@ -101,7 +101,7 @@ class RamNeed:
         return self.shards_bytes + self.model_bytes + self.largest_shard_bytes + self.row_bytes
 
 
-class Holding(Protocol):
+class Held(Protocol):
     """What a process has in RAM already, such as a `View`."""
 
     @property
@@ -147,7 +147,7 @@ def ram_need(generation: Generation, portion: Portion | None = None) -> RamNeed:
     )
 
 
-def new_bytes(generation: Generation, portion: Portion | None = None, before: Holding | None = None) -> int:
+def new_bytes(generation: Generation, portion: Portion | None = None, before: Held | None = None) -> int:
     """Return the bytes that `open_view` would read from the store to load a part of an index.
 
     Parameters

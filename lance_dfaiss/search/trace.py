@@ -82,7 +82,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Trace:
     """Collects stages; one search, one thread."""
 

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -25,7 +25,7 @@ from ..errors import (
     ServerFailed,
     UnknownColumn,
 )
-from ..search.arguments import MAX_RESULTS, checked_radius
+from ..search.arguments import checked_radius
 from ..search.trace import Trace
 from ..search.view import Selection
 from ..search.widths import Widths
@@ -78,6 +78,21 @@ MAX_READS = 256
 MAX_COLUMNS = 1_000
 """Columns in one request."""
 
+MAX_FETCH_ROWS = 1_000_000
+"""Rows in one request for columns: they are in RAM together."""
+
+MAX_HELD_BYTES = 1024**3
+"""Payloads of all requests that wait: many small ones are bounded by their number, a few large ones by this."""
+
+MAX_UNFINISHED_BYTES = 1024**3
+"""Of frames that have not arrived completely, over all connections."""
+
+MAX_CANDIDATES = 1_000_000
+"""Candidates of one query, and width of a graph search: beyond that, one query is as much work as a hundred."""
+
+RESULT_BYTES = 12
+"""A distance and a row id."""
+
 FILTER_THREADS = FETCH_THREADS = 4
 """They wait for another process, and for storage."""
 
@@ -112,7 +127,7 @@ class Workload:
     threads: int
     max_waiting: int = 4_096
     max_batch: int = 256
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
 
 
 class _Search(NamedTuple):
@@ -188,6 +203,8 @@ class Answering:
         self._filters = ThreadPoolExecutor(FILTER_THREADS, "lance-dfaiss-filter")
         self._fetches = ThreadPoolExecutor(FETCH_THREADS, "lance-dfaiss-fetch")
         self._reads = 0
+        self._held_bytes = 0
+        self._unfinished_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
         batcher: Batcher[Any] = Batcher(max_waiting=workload.max_waiting, max_batch=workload.max_batch)
         self.lane = Lane(batcher, self._search, self._deliver, threads=workload.threads)
@@ -232,8 +249,15 @@ class Answering:
         """Return what somebody may do."""
         return self._access.rights_of(token, certificate=certificate)
 
+    def unfinished(self, more_bytes: int) -> bool:
+        """Note that so many more bytes of frames wait for the rest; False if there are too many."""
+        self._unfinished_bytes += more_bytes
+        return more_bytes <= 0 or self._unfinished_bytes <= MAX_UNFINISHED_BYTES
+
     def dropped(self, ticket: Ticket) -> None:
         """Stop working on a request that nobody waits for."""
+        self._held_bytes -= ticket.length_bytes
+        ticket.length_bytes = 0
         results = ticket.work
         if isinstance(results, _Results) and results.waiting is not None:
             self.lane.drop(results.waiting)
@@ -256,15 +280,20 @@ class Answering:
         except ProtocolError:
             raise
         except Exception as exc:  # an edge: it is this request's, and the connection goes on
-            ticket = peer.pending.get(frame.request_id) or Ticket(peer, frame.request_id, "refused", time.monotonic(), 0)
+            ticket = peer.pending.get(frame.request_id) or Ticket(
+                peer, frame.request_id, "refused", time.monotonic(), 0
+            )
             peer.pending[frame.request_id] = ticket
             self._fail(ticket, exc)
 
     def _open(self, peer: Peer, frame: Frame, kind: str, timeout: float | None, queries: int = 1) -> Ticket:
         """Note a request, if the client has not too many already."""
         now = time.monotonic()
-        ticket = Ticket(peer, frame.request_id, kind, now, _deadline(now, timeout), queries)
+        ticket = Ticket(peer, frame.request_id, kind, now, _deadline(now, timeout), queries, len(frame.payload))
         peer.pending[frame.request_id] = ticket
+        self._held_bytes += ticket.length_bytes
+        if self._held_bytes > MAX_HELD_BYTES:
+            raise _overloaded("bytes of requests", self._held_bytes, MAX_HELD_BYTES)
         if len(peer.pending) > self.limits.pending:
             raise _overloaded("requests of this connection", len(peer.pending), self.limits.pending)
         return ticket
@@ -279,6 +308,9 @@ class Answering:
             queries_of(frame.payload, message.n, view.model.spec.dim, message.dtype), view.model.spec.dim, view.metric
         )
         widths = view.widths(message.nprobe, message.ef, message.k_factor)
+        for parameter, value in (("k_factor", message.k * widths.k_factor), ("ef", widths.ef)):
+            if value > MAX_CANDIDATES:
+                raise _over_limit(parameter, value, MAX_CANDIDATES)
         ticket.work = _Results(held, self._in_ram(held, message.columns))
         trace = Trace() if message.explain else None
 
@@ -310,6 +342,8 @@ class Answering:
         message: Fetch = decode(frame, Fetch)
         ticket = self._open(peer, frame, "fetch", message.timeout, message.n)
         held = self._holdings.find(message.index, message.at)
+        if not 0 <= message.n <= MAX_FETCH_ROWS:
+            raise _over_limit("row_ids", message.n, MAX_FETCH_ROWS)
         row_ids = row_ids_of(frame.payload, message.n)
         columns = self._readable(held, message.columns)
 
@@ -323,6 +357,7 @@ class Answering:
         message: Reconstruct = decode(frame, Reconstruct)
         ticket = self._open(peer, frame, "reconstruct", message.timeout, message.n)
         held = self._holdings.find(message.index, message.at)
+        self._check_answer(message.n * held.view.model.spec.dim * 4)
         row_ids = row_ids_of(frame.payload, message.n)
 
         def read() -> tuple[Message, list[Buffer]]:
@@ -367,18 +402,16 @@ class Answering:
         limits = self.limits
         for parameter, value, most in (("k", k, limits.k), ("queries", queries, limits.queries)):
             if not 1 <= value <= most:
-                raise InvalidArgument(
-                    f"{parameter} must be between 1 and {most:,} on this server, not {value:,}",
-                    remedy="Ask for fewer at once",
-                    parameter=parameter,
-                    value=value,
-                )
-        if queries * k * 12 > min(limits.frame_bytes, MAX_RESULTS):
+                raise _over_limit(parameter, value, most)
+        self._check_answer(queries * k * RESULT_BYTES)
+
+    def _check_answer(self, length_bytes: int) -> None:
+        if length_bytes > self.limits.frame_bytes:
             raise InvalidArgument(
-                f"{queries:,} queries of k={k:,} make an answer of more than {limits.frame_bytes:,} bytes",
+                f"the answer would have {length_bytes:,} bytes, this server sends at most {self.limits.frame_bytes:,}",
                 remedy="Ask for fewer at once",
                 parameter="k",
-                value=k,
+                value=length_bytes,
             )
 
     def _in_ram(self, held: Held, columns: tuple[str, ...]) -> tuple[str, ...]:
@@ -415,8 +448,11 @@ class Answering:
             root = name.split(".")[0]
             if name in held.offer.columns or root in held.offer.columns or (allowed is None and name.startswith("_")):
                 continue
-            if allowed is not None and root in held.view.pinned.column_names:
-                raise AccessDenied(f"column {name!r} is not for clients of this server")
+            if allowed is not None:  # whether there is such a column is not told either
+                raise AccessDenied(
+                    f"column {name!r} is not among those that clients of this server may see",
+                    remedy=f"These are {', '.join(held.offer.columns)}",
+                )
             raise UnknownColumn(
                 f"there is no column {name!r}",
                 remedy=f"There is {', '.join(held.offer.columns)}",
@@ -517,7 +553,9 @@ class Answering:
         key: _Search = batch.key
         parts = [part.request.queries[part.start : part.stop] for part in batch.slices]
         queries = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        distances, row_ids = key.held.view.knn(np.ascontiguousarray(queries), key.k, key.widths, key.selection, key.trace)
+        distances, row_ids = key.held.view.knn(
+            np.ascontiguousarray(queries), key.k, key.widths, key.selection, key.trace
+        )
         outcomes: list[Outcome] = []
         at = 0
         for part in batch.slices:
@@ -578,7 +616,7 @@ class Answering:
             reply = RangeReply(n=width)
         else:
             key: _Search = cast("Waiting[_Search]", results.waiting).key
-            stages = () if key.trace is None else tuple(_told(stage) for stage in key.trace.stages)
+            stages = () if key.trace is None else (_snapshot(key.held), *map(_told, key.trace.stages))
             reply = KnnReply(
                 n=n,
                 width=width,
@@ -605,6 +643,7 @@ class Answering:
             return
         del ticket.peer.pending[ticket.request_id]
         ticket.gone = True
+        self._held_bytes -= ticket.length_bytes
         ticket.peer.send(message, ticket.request_id, payload)
         self._metrics.answered(ticket.kind, "ok", ticket.queries, time.monotonic() - ticket.started)
         _log.debug("%s of %s answered: %d queries", ticket.kind, ticket.peer.name, ticket.queries)
@@ -655,6 +694,15 @@ def _overloaded(what: str, waiting: int, most: int) -> Overloaded:
     )
 
 
+def _over_limit(parameter: str, value: int, most: int) -> InvalidArgument:
+    return InvalidArgument(
+        f"{parameter} must be between 1 and {most:,} on this server, not {value:,}",
+        remedy="Ask for fewer at once",
+        parameter=parameter,
+        value=value,
+    )
+
+
 def _check_admin(peer: Peer) -> None:
     if not peer.admin:
         raise AccessDenied("that is for admins", remedy="Connect with the admin token")
@@ -665,6 +713,19 @@ def _stream(table: pa.Table) -> Buffer:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return memoryview(sink.getvalue())
+
+
+def _snapshot(held: Held) -> dict[str, Any]:
+    """Return what is searched, in the form of a stage."""
+    snapshot = held.view.snapshot
+    facts = {
+        "factory": held.view.generation.manifest.spec.factory,
+        "live_rows": int(snapshot.live_rows),
+        "masked_rows": int(snapshot.masked_rows),
+        "mapped_rows": int(snapshot.mapped_rows),
+        "tail_rows": int(held.view.tail.rows),
+    }
+    return {"name": "snapshot", "seconds": 0.0, "facts": facts}
 
 
 def _told(stage: Any) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def read_table(payload: Buffer) -> pa.Table:
     try:
         with pa.ipc.open_stream(pa.py_buffer(payload)) as reader:
             return reader.read_all()
-    except (pa.ArrowInvalid, OSError) as exc:
+    except (pa.ArrowException, OSError) as exc:
         raise ProtocolError(f"the columns of an answer cannot be read: {exc}") from exc
 
 
@@ -166,7 +166,7 @@ def result_table(
 def explanation(
     offer: Offer,
     answer: Answer,
-    stages: Sequence[tuple[int, Mapping[str, Any]]],
+    stages: Sequence[tuple[int | None, Mapping[str, Any]]],
     *,
     k: int,
     seconds: float,
@@ -179,8 +179,8 @@ def explanation(
         The snapshot.
     answer : Answer
         What was found.
-    stages : sequence of (int, mapping)
-        The group that did it, and ``name``, ``seconds`` and facts. A stage named ``snapshot`` tells ``live_rows``,
+    stages : sequence of (int or None, mapping)
+        The group that did it (None: the client), and ``name``, ``seconds`` and facts. A stage named ``snapshot`` tells ``live_rows``,
         ``masked_rows``, ``mapped_rows`` and ``tail_rows`` of the group, and ``factory``.
     k : int
         Results asked for.
@@ -198,7 +198,7 @@ def explanation(
             for key in rows:
                 rows[key] += int(facts.get(key, 0))
         else:
-            told.append(Stage(name=name, seconds=took, facts={"group": group, **facts}))
+            told.append(Stage(name=name, seconds=took, facts={"group": group, **facts} if group is not None else facts))
     return Explanation(
         index=f"{offer.index} ({factory}, {offer.metric})" if factory else f"{offer.index} ({offer.metric})",
         version=offer.version,

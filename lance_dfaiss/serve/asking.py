@@ -70,9 +70,6 @@ COALESCED_QUERIES = 64
 """Most queries of different calls in one frame: a server searches about as many at a time, and starts with the first
 frame while the next is on its way."""
 
-ANSWER_BYTES = 64 * 1024 * 1024
-"""Most bytes of distances and row ids asked for in one request; more are asked for in several."""
-
 _RESULT_BYTES = 12  # float32 and uint64
 
 # A header is a few hundred bytes, and a filter at most some tens of thousands.
@@ -112,14 +109,14 @@ class Found(NamedTuple):
         The snapshot.
     columns : pyarrow.Table or None
         Columns from the RAM of the servers, of the results that are rows.
-    stages : sequence of (int, dict)
-        What each group did, if that was asked for.
+    stages : list of (int or None, dict)
+        What each group did (None: the client itself), if that was asked for.
     """
 
     answer: Answer
     offer: Offer
     columns: pa.Table | None
-    stages: Sequence[tuple[int, dict[str, Any]]]
+    stages: list[tuple[int | None, dict[str, Any]]]
 
 
 class Call:
@@ -534,8 +531,14 @@ class Asking:
         self._answers = {key: value for key, value in self._answers.items() if key[0] != group}
 
     def _finish(self) -> None:
+        calls = [call for call in self.calls if not call.settle.done()]
         self._end()
-        self.finish(self._answers)
+        try:
+            self.finish(self._answers)
+        except Exception as exc:  # an edge: what does not fit together must reach the callers, not the event loop
+            for call in calls:
+                if not call.settle.done():
+                    call.settle.set_exception(exc)
 
     def _expire(self) -> None:
         """Answer the calls whose time is over, and look again when that of the next is."""
@@ -631,24 +634,26 @@ class KnnAsking(Asking):
 
     def chunk(self) -> int:
         """Return how many queries go in one request."""
-        way = self.way
-        if self.n <= COALESCED_QUERIES:
-            return self.n
-        room = max(way.limits.frame_bytes - _HEADER_BYTES, way.limits.frame_bytes // 2)
-        width = min(self._key.k, max(way.rows, 1))
-        return min(self.n, way.limits.queries, room // self._row_bytes, ANSWER_BYTES // (_RESULT_BYTES * width))
+        limits = self.way.limits
+        room = max(limits.frame_bytes - _HEADER_BYTES, limits.frame_bytes // 2)
+        answer = limits.frame_bytes // (_RESULT_BYTES * self._k)
+        return min(self.n, limits.queries, room // self._row_bytes, answer)
+
+    @property
+    def _k(self) -> int:
+        """Results to ask for: more than there are rows cannot be, and a server need not be asked for what it refuses."""
+        way, k = self.way, self._key.k
+        return k if k <= way.limits.k else max(min(k, way.rows), 1)
 
     def message(self, part: _Part, seconds: float) -> tuple[Message, Sequence[Buffer]]:
         """Return what to send."""
-        key, way = self._key, self.way
-        # More results than rows cannot be; a server need not be asked for more than it gives.
-        k = key.k if key.k <= way.limits.k else max(min(key.k, way.rows), 1)
+        key = self._key
         whole = part.n == self.n
         payload = self._payload if whole else self._payload[part.start * self._row_bytes : part.stop * self._row_bytes]
         message = Knn(
             index=self.index,
             at=self.at,
-            k=k,
+            k=self._k,
             n=part.n,
             dtype=key.dtype,
             nprobe=key.nprobe,
@@ -674,7 +679,9 @@ class KnnAsking(Asking):
         """Merge, and give each call its part."""
         distances, row_ids = self._merged(answers)
         offer, tables = self.way.route.offer, [found[2] for found in answers.values()]
-        stages = [(group, stage) for (group, _), found in sorted(_items(answers)) for stage in found[3]]
+        stages: list[tuple[int | None, dict[str, Any]]] = [
+            (group, stage) for (group, _), found in sorted(_items(answers)) for stage in found[3]
+        ]
         start = 0
         for call in self.calls:
             stop = start + call.n
@@ -690,7 +697,7 @@ class KnnAsking(Asking):
                 columns = None
                 if self._key.columns and tables:
                     columns = rows_taken(tables, answer[1][answer[1] != MISSING_ROW_ID])
-                call.settle.set_result(Found(answer, offer, columns, stages))
+                call.settle.set_result(Found(answer, offer, columns, list(stages)))
             start = stop
 
     def _merged(self, answers: dict[tuple[int, int], Any]) -> tuple[Float32Array, UInt64Array]:
@@ -785,7 +792,7 @@ class RangeAsking(Asking):
             at=offer.at,
         )
         columns = rows_taken([each[2] for each in found], answer[1][0]) if self._key.columns and found else None
-        self.calls[0].settle.set_result(Found(answer, offer, columns, ()))
+        self.calls[0].settle.set_result(Found(answer, offer, columns, []))
 
 
 class ReconstructAsking(Asking):
@@ -806,7 +813,9 @@ class ReconstructAsking(Asking):
 
     def chunk(self) -> int:
         """Return how many rows go in one request."""
-        return min(max(self.n, 1), self.way.limits.queries, ANSWER_BYTES // (4 * self.way.route.offer.dim))
+        return min(
+            max(self.n, 1), self.way.limits.queries, self.way.limits.frame_bytes // (4 * (self.way.route.offer.dim + 3))
+        )
 
     def message(self, part: _Part, seconds: float) -> tuple[Message, Sequence[Buffer]]:
         """Return what to send."""

@@ -103,6 +103,8 @@ class ClusterStats:
         Servers that answer now.
     coverage : float
         Share of the rows that there is a server for.
+    column : str
+        The vector column.
     columns, payload : tuple of str
         What may be asked for, and what of that is in RAM.
     queries, hedged, retried : int
@@ -121,6 +123,7 @@ class ClusterStats:
     rows_by_group: tuple[int, ...]
     servers_by_group: tuple[tuple[int, ...], ...]
     coverage: float
+    column: str
     columns: tuple[str, ...]
     payload: tuple[str, ...]
     queries: int
@@ -410,11 +413,8 @@ class AsyncClient:
             allow_partial, index,
         )  # fmt: skip
         asked = asked._replace(key=asked.key._replace(explain=True))
-        found, fetched = await self._found(asked)
-        stages = list(found.stages)
-        if fetched is not None and not asked.key.columns:
-            stages.append((-1, {"name": "fetch", "seconds": 0.0, "rows": len(fetched)}))
-        return explanation(found.offer, found.answer, stages, k=k, seconds=time.perf_counter() - started)
+        found, _ = await self._found(asked)
+        return explanation(found.offer, found.answer, found.stages, k=k, seconds=time.perf_counter() - started)
 
     def stats(self, *, index: str | None = None) -> ClusterStats:
         """Return what the cluster holds of an index; see `Client.stats`."""
@@ -437,6 +437,7 @@ class AsyncClient:
                 tuple(replicas[place].entry.id for place in members) for members in way.route.members
             ),
             coverage=way.route.coverage,
+            column=offer.column,
             columns=offer.columns,
             payload=tuple(name for name in offer.columns if name in way.route.payload),
             queries=budget.asked,
@@ -737,7 +738,7 @@ class AsyncClient:
                     generation=offer.generation,
                     at=offer.at,
                 )
-                call.settle.set_result(Found(answer, offer, None, ()))
+                call.settle.set_result(Found(answer, offer, None, []))
 
     async def _found(self, asked: _Asked) -> tuple[Found, pa.Table | None]:
         """Search, and read the columns that are wanted of the rows that were found, at the same snapshot."""
@@ -746,7 +747,7 @@ class AsyncClient:
             found = await self._ask(asked._replace(seconds=max(deadline - time.monotonic(), 0.0)))
             if found.columns is not None or (asked.wanted is not None and not len(asked.wanted)):
                 return found, found.columns
-            row_ids = found.answer[1]
+            began, row_ids = time.monotonic(), found.answer[1]
             row_ids = row_ids[row_ids != MISSING_ROW_ID]
             payload = row_ids.astype("<u8").tobytes()
             call = self._call(None, payload, len(row_ids), max(deadline - time.monotonic(), 0.0))
@@ -758,6 +759,7 @@ class AsyncClient:
                     raise
                 self._fleet.retries += 1
                 continue
+            found.stages.append((None, {"name": "fetch", "seconds": time.monotonic() - began, "rows": len(fetched)}))
             return found, fetched
         raise AssertionError("unreachable")
 

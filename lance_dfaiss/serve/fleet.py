@@ -207,9 +207,9 @@ class Link:
 
     def close(self) -> None:
         """Hang up for good."""
-        self._task.cancel()
         if self.connection is not None:
             self.connection.close(ClientUnusable("the connection was closed"))
+        self._task.cancel()
 
     async def closed(self) -> None:
         """Wait until nothing runs any more."""

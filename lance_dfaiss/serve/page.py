@@ -24,7 +24,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, Generic, TypeVar, cast
 
-from .. import __version__
+from .._version import __version__
 from .metrics import CONTENT_TYPE as METRICS_TYPE
 from .metrics import ServerMetrics
 from .page_html import CONTENT_POLICY, status_page

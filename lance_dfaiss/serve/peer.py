@@ -56,6 +56,8 @@ class Ticket:
         When it came in, and until when somebody waits; on the monotonic clock.
     queries : int
         How many.
+    length_bytes : int
+        Of its payload, for as long as that is held.
     work : object
         What has come of it so far; of whoever answers it.
     gone : bool
@@ -68,6 +70,7 @@ class Ticket:
     started: float
     deadline: float
     queries: int = 1
+    length_bytes: int = 0
     work: Any = None
     gone: bool = field(default=False, init=False)
 
@@ -93,6 +96,9 @@ class Host(Protocol):
     def left(self, peer: Peer) -> None:
         """Note that a connection has ended."""
 
+    def unfinished(self, more_bytes: int) -> bool:
+        """Note bytes of a frame that is not complete, or (negative) that are no more; False if there are too many."""
+
     def rights_of(self, token: str, *, certificate: bool) -> Rights:
         """Return what somebody may do."""
 
@@ -116,6 +122,7 @@ class Peer(asyncio.Protocol):
         self._host = host
         self._reader = FrameReader(HELLO_BYTES, REQUESTS)
         self._unsent: list[Buffer] = []
+        self._unfinished = 0
         self._rights: Rights | None = None
         self.name = ""
         self.pending: dict[int, Ticket] = {}
@@ -136,12 +143,14 @@ class Peer(asyncio.Protocol):
             self._refuse(DfaissError("this server has as many connections as it takes", remedy="Close some"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The other end has gone: nobody waits for its answers."""
+        """Forget the requests of the other end, which has gone."""
         self._patience.cancel()
         pending, self.pending = self.pending, {}
         for ticket in pending.values():
             ticket.gone = True
             self._host.dropped(ticket)
+        self._host.unfinished(-self._unfinished)
+        self._unfinished = 0
         self._host.left(self)
         if exc is not None:
             _log.debug("client %s is gone: %s", self.name, exc)
@@ -151,7 +160,7 @@ class Peer(asyncio.Protocol):
         self._transport.pause_reading()
 
     def resume_writing(self) -> None:
-        """It reads again."""
+        """Read on: the client does too."""
         self._transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
@@ -164,6 +173,10 @@ class Peer(asyncio.Protocol):
                     self._host.handle(self, frame)
                 if self._transport.is_closing():
                     return
+            more = self._reader.waiting_bytes - self._unfinished
+            self._unfinished += more
+            if more and not self._host.unfinished(more):
+                raise ProtocolError("this server holds as much of unfinished requests as it takes", remedy="Try later")
         except ProtocolError as exc:
             _log.warning("client %s: %s", self.name, exc)
             self._refuse(exc)

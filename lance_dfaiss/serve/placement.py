@@ -34,6 +34,9 @@ _EXCESS: Final = 1.25
 _FEW_SHARDS: Final = 2
 """Up to this many shards a group, one too many in one place is worth moving another when a group joins."""
 
+_LIGHTEST: Final = 1e-6
+_HEAVIEST: Final = 1e6
+
 _SCORES_PER_HASH: Final = 8
 _SCORES: Final = struct.Struct(f"<{_SCORES_PER_HASH}Q")
 _BITS: Final = 52
@@ -175,9 +178,9 @@ def place_shards(shards: Sequence[tuple[str, int]], weights: Sequence[float]) ->
     1. If these are more than 15 % of a fair share apart, the lighter of the two has it.
     2. Else the higher rendezvous score wins; but while 15 % of a fair share are less than the shard, so that one
        shard makes all the difference, it stays where it is unless the other is lighter.
-    3. The lightest of all groups so far has it instead, if the winner would hold more than 1.25 fair shares and the
-       largest shard; or, as long as a fair share is no more than two such shards, if it would hold more than 1.25 fair
-       shares and at least one such shard more than the lightest.
+    3. No group may hold more than 1.25 fair shares and the largest shard. If the winner would, the lightest of those
+       that would not has it instead; and also, as long as a fair share is no more than two such shards, if the winner
+       would hold more than 1.25 fair shares and at least one such shard more than the lightest.
 
     A group that joins can thus change nothing between the others but for the rare third case: what moves, moves to it.
 
@@ -196,12 +199,12 @@ def place_shards(shards: Sequence[tuple[str, int]], weights: Sequence[float]) ->
     shards : sequence of (str, int)
         Digest and length in bytes (at least 0) of each, in the order of the manifest.
     weights : sequence of float
-        Of each group, above 0; twice the weight is twice the bytes.
+        Of each group, 1e-6 to 1e6; twice the weight is twice the bytes.
 
     Raises
     ------
     InvalidArgument
-        If there is no group, or a weight is not a finite number above 0.
+        If there is no group, or a weight is out of range.
     """
     _check(weights)
     rounds = [_Round(weights[:groups]) for groups in range(1, len(weights) + 1)]
@@ -226,12 +229,12 @@ def place_fragment(fragment_id: int, weights: Sequence[float]) -> int:
     fragment_id : int
         In the dataset.
     weights : sequence of float
-        Of each group, above 0.
+        Of each group, 1e-6 to 1e6.
 
     Raises
     ------
     InvalidArgument
-        If there is no group, or a weight is not a finite number above 0.
+        If there is no group, or a weight is out of range.
     """
     _check(weights)
     scores = _Scores(str(fragment_id).encode(), b"fragment", weights)
@@ -242,9 +245,11 @@ def _check(weights: Sequence[float]) -> None:
     if not weights:
         raise InvalidArgument("expected the weight of at least one group", parameter="weights", value=())
     for group, weight in enumerate(weights):
-        if not 0 < weight < math.inf:
+        if not _LIGHTEST <= weight <= _HEAVIEST:
             raise InvalidArgument(
-                f"expected a finite weight above 0, found {weight} for group {group}", parameter="weights", value=weight
+                f"expected a weight from {_LIGHTEST:g} to {_HEAVIEST:g}, found {weight} for group {group}",
+                parameter="weights",
+                value=weight,
             )
 
 
@@ -308,12 +313,18 @@ class _Round:
         return scores.of(claimant) > scores.of(holder)
 
     def _is_too_much(self, group: int, length: int) -> bool:
-        after, weight = self._after(group, length), self._weights[group]
-        over = after - _EXCESS * self._fair
-        if over <= 0 or over > self._largest / weight:
+        over = self._after(group, length) - _EXCESS * self._fair
+        if over <= 0 or not self._may_have(group, length):
             return over > 0
-        step = length / weight
-        return self._fair <= _FEW_SHARDS * step and after - self._after(self._lightest(length), length) >= step
+        step = length / self._weights[group]
+        if self._fair > _FEW_SHARDS * step:
+            return False
+        return self._after(group, length) - self._after(self._lightest(length), length) >= step
+
+    def _may_have(self, group: int, length: int) -> bool:
+        return self._after(group, length) - _EXCESS * self._fair <= self._largest / self._weights[group]
 
     def _lightest(self, length: int) -> int:
-        return min(range(len(self._loads)), key=lambda group: (self._after(group, length), group))
+        # There is one that may have it: the group that holds least for its weight holds less than its fair share.
+        candidates = (group for group in range(len(self._loads)) if self._may_have(group, length))
+        return min(candidates, key=lambda group: (self._after(group, length), group))

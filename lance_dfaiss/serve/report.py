@@ -88,4 +88,5 @@ def _ram_bytes(shelf: Shelf) -> int:
         for held in shelf.snapshots.values()
     )
     payloads = {id(held.payload): held.payload for held in shelf.snapshots.values() if held.payload is not None}
-    return sum(s.ram_bytes for s in segments.values()) + rest + sum(p.ram_bytes for p in payloads.values())
+    held = sum(segment.ram_bytes for segment in segments.values())
+    return int(held + rest + sum(payload.ram_bytes for payload in payloads.values()))

@@ -250,7 +250,7 @@ class ReplicaLoad:
         It has been silent for too long; asked only where there is nobody else.
     """
 
-    __slots__ = ("_seen_at", "_slow_seconds", "_slow_until", "latency", "outstanding", "suspect")
+    __slots__ = ("_probed", "_seen_at", "_slow_seconds", "_slow_until", "latency", "outstanding", "suspect")
 
     def __init__(self) -> None:
         self.outstanding = 0
@@ -259,6 +259,7 @@ class ReplicaLoad:
         self._seen_at = -math.inf
         self._slow_until = -math.inf
         self._slow_seconds = 0.0
+        self._probed = False
 
     def began(self, queries: int, now: float) -> None:
         """Note that it was asked."""
@@ -266,6 +267,7 @@ class ReplicaLoad:
         if self._slow_seconds:
             # It has one chance to do better; the next one comes when this one's time is over.
             self._slow_until = now + self._slow_seconds
+            self._probed = True
 
     def ended(self, queries: int) -> None:
         """Note that nothing is awaited any more: it was answered, cancelled or lost."""
@@ -281,7 +283,9 @@ class ReplicaLoad:
     def overtaken(self, seconds: float, now: float) -> None:
         """Note that another replica, asked later, answered first."""
         self.latency, self._seen_at = max(self.latency, seconds), now
-        self._slow_seconds = min(max(SLOW_FIRST_SECONDS, 2 * self._slow_seconds), SLOW_MAX_SECONDS)
+        if self._probed or not self._slow_seconds:  # all that waited for it when it became slow are one event
+            self._slow_seconds = min(max(SLOW_FIRST_SECONDS, 2 * self._slow_seconds), SLOW_MAX_SECONDS)
+            self._probed = False
         self._slow_until = now + self._slow_seconds
 
     def forget(self) -> None:

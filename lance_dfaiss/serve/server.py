@@ -1,4 +1,4 @@
-"""A server: one event loop for the sockets, one lane for searches, one loader, and a few threads for what reads data."""
+"""A server: one event loop for sockets, one lane for searches, one loader, a few threads for what reads data."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ..errors import DfaissError
 from ..machine import resident_bytes, usable_cores
 from .answering import Answering, Workload
 from .cluster import ClusterFile, read_cluster
-from .holdings import Holdings, HoldingOptions, Swap
+from .holdings import HoldingOptions, Holdings, Swap
 from .metrics import ServerMetrics
 from .page import StatusPort
-from .peer import Peer
+from .peer import HELLO_SECONDS, Peer
 from .report import holding_of, index_status
 from .security import Access
 from .sifter import Sifter
@@ -106,9 +106,7 @@ class Server:
         self.holdings = Holdings(
             config.cluster, config.server_id, config.holding, self._sifter, self._offers_changed, self._swapped
         )
-        self.answering = Answering(
-            config.server_id, self.holdings, config.access, config.workload, self.metrics, self
-        )
+        self.answering = Answering(config.server_id, self.holdings, config.access, config.workload, self.metrics, self)
         self.draining = False
         # One thread: loads never run beside each other.
         self._loader = ThreadPoolExecutor(1, "lance-dfaiss-loader")
@@ -127,7 +125,10 @@ class Server:
         self.answering.start()
         self._page = self._status_port()
         self._listener = await self._loop.create_server(
-            lambda: Peer(self.answering), sock=self._sock, ssl=self.config.tls
+            lambda: Peer(self.answering),
+            sock=self._sock,
+            ssl=self.config.tls,
+            ssl_handshake_timeout=None if self.config.tls is None else HELLO_SECONDS,
         )
         await self._run(self._sifter.start)
         await self._run(self.holdings.follow, self._grid_point())

@@ -114,6 +114,9 @@ def _check_shares(views: Sequence[View], index: Index) -> None:
         assert len(view.snapshot.live) == positions
         assert int(view.snapshot.places.runs[0].max(initial=-1)) < positions
         assert view.snapshot.live_rows == int(view.snapshot.live.sum())
+        assert view.portion is not None
+        for fragment_id, _ in view.resolution.live_offsets:
+            assert fragment_id in view.fragment_ids or view.portion.owns_fragment(fragment_id)
     names = [name for view in views for name in view.shards]
     assert sorted(names) == sorted(index.view.shards)
     tail = [(part.fragment_id, part.rows) for view in views for part in view.tail._fragments]
@@ -216,6 +219,30 @@ def test_another_layout_keeps_segments_that_are_mostly_its_own(tmp_path: Path, n
             assert {s.shards for s in views[0].loaded} <= {s.shards for s in former[0].loaded}
             assert (read[0], read[1]) == (0, 0)
     assert views[2].snapshot.live_rows > 0
+
+
+def test_rows_of_others_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = _built(tmp_path, "FLAT")
+    dataset.delete("id % 9 = 4")
+    _, generation = _generation(dataset)
+    read: list[int] = []
+    look = PinnedDataset.live_offsets_of
+
+    def noted(self: PinnedDataset, fragment_ids: Sequence[int]) -> Any:
+        read.extend(fragment_ids)
+        return look(self, fragment_ids)
+
+    monkeypatch.setattr(PinnedDataset, "live_offsets_of", noted)
+    views = _opened(dataset, 3)
+    assert sorted(read) == sorted([*range(12)] * 3)  # each of 12 fragments, by each of 3 groups
+    read.clear()
+    views = _opened(dataset, 3, views)
+    assert read == []
+    dataset.delete("id = 0")
+    views = _opened(dataset, 3, views)
+    first = [fragment.fragment_id for fragment in generation.records[0].cover.fragments]
+    assert sorted(read) == sorted([0, *first, *first])  # its owner reads the one, others count its shard anew
+    _check(views, lance_dfaiss.open_index(dataset), "FLAT")
 
 
 def test_a_part_without_shards_answers_for_its_tail_or_for_nothing(tmp_path: Path) -> None:
@@ -340,7 +367,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "HNSW_SQ": {"index_type": "HNSW_SQ"},
     "PQ4 unrefined": {"index_type": "IVF_PQ", "num_partitions": 8, "num_bits": 4, "refine": None},
     "PQ4": {"index_type": "IVF_PQ", "num_partitions": 8, "num_bits": 4},
-    "OPQ": {"factory": "OPQ8,IVF8,PQ8", "refine": "flat"},
+    "PCA": {"factory": "PCA16,IVF8,SQ8", "refine": "flat"},
     "SQ8": {"factory": "SQ8"},
 }
 
@@ -387,7 +414,8 @@ def test_every_row_is_one_groups(
         mine = [number for number, owner in enumerate(group_of) if owner == group]
         more = data.draw(st.sets(st.sampled_from(range(len(covers))), max_size=2)) if covers else set()
         held = tuple(data.draw(st.permutations(sorted({*mine, *more}))))
-        layout = Layout(held=held, owned=frozenset(mine), owns_fragment=lambda i, g=group: i % groups == g)
+        owned_fragments = {state.fragment_id for state in now if state.fragment_id % groups == group}
+        layout = Layout(held=held, owned=frozenset(mine), owns_fragment=owned_fragments.__contains__)
         parts.append(settle(covers, now, located, nowhere, alive, version=9, layout=layout))
         assert len(parts[-1].live) == sum(covers[number].physical_rows for number in held)
     assert sorted(row for part in parts for row in _live(part)) == sorted(_live(whole))

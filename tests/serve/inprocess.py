@@ -6,9 +6,13 @@ For tests of what servers answer. What happens to processes (killed, stopped, re
 from __future__ import annotations
 
 import asyncio
+import atexit
+import functools
+import itertools
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,31 +22,107 @@ from lance_dfaiss.serve.answering import Workload
 from lance_dfaiss.serve.cluster import ClusterFile, ServedIndex, plan_cluster, write_cluster
 from lance_dfaiss.serve.holdings import HoldingOptions
 from lance_dfaiss.serve.server import Server, ServerConfig
+from lance_dfaiss.serve.sifter import Sifter
+from lance_dfaiss.types import UInt64Array
 
-__all__ = ["Running", "Settings", "listening", "running"]
+__all__ = ["Cluster", "Door", "Running", "Settings", "listening", "running", "until"]
+
+_CLUSTERS = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What servers of a test are told, beside the cluster."""
+    """What servers of a test are told, beside the cluster.
 
+    All servers of the test process have their filters evaluated by the same processes, as each takes a second to
+    start; not if ``own_filters``.
+    """
+
+    own_filters: bool = False
     holding: HoldingOptions = field(default_factory=HoldingOptions)
     workload: Workload = field(default_factory=lambda: Workload(threads=1))
     more: dict[str, Any] = field(default_factory=dict)
 
 
-class Running:
-    """A server on a loop of its own."""
+_LOCK = threading.Lock()
 
-    def __init__(self, config: ServerConfig, sock: socket.socket, http: socket.socket | None = None) -> None:
+
+def _filters() -> Sifter:
+    with _LOCK:  # two first calls at once would both make one
+        return _the_filters()
+
+
+@functools.cache
+def _the_filters() -> Sifter:
+    sifter = Sifter(memory_limit_bytes=2 * 1024**3, timeout_seconds=30.0)
+    sifter.start()
+    atexit.register(sifter.close)
+    return sifter
+
+
+class _Share:
+    """What one server sees of the processes that evaluate filters for all."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._keys: set[str] = set()
+        self.restarts = 0
+
+    def start(self) -> None:
+        _filters()
+
+    def open(self, key: str, *place: Any) -> None:
+        self._keys.add(key)
+        _filters().open(self._name + key, *place)
+
+    def close_key(self, key: str) -> None:
+        self._keys.discard(key)
+        _filters().close_key(self._name + key)
+
+    def matching(self, key: str, sql: str) -> UInt64Array:
+        return _filters().matching(self._name + key, sql)
+
+    def close(self) -> None:
+        for key in list(self._keys):
+            self.close_key(key)
+
+
+class Running:
+    """A server on a loop of its own.
+
+    Entered, it is ready or has failed; `launch` does not wait for that.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        sock: socket.socket,
+        http: socket.socket | None = None,
+        *,
+        own_filters: bool = True,
+    ) -> None:
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
         self._problem: BaseException | None = None
         self.server = Server(config, sock, http)
+        if not own_filters:
+            share: Any = _Share(f"{next(_CLUSTERS)}/")
+            self.server._sifter = self.server.holdings._sift = share
+        self.address: tuple[str, int] = sock.getsockname()
         self._thread = threading.Thread(target=self._run, name=f"server-{config.server_id}")
 
-    def __enter__(self) -> Running:
+    @property
+    def ended(self) -> bool:
+        """Whether the server has stopped by itself."""
+        return self._started.is_set() and not self._thread.is_alive()
+
+    def launch(self) -> None:
+        """Begin to start."""
         self._thread.start()
+
+    def __enter__(self) -> Running:
+        if self._thread.ident is None:
+            self.launch()
         assert self._started.wait(60)
         if self._problem is not None:
             self._thread.join()
@@ -84,6 +164,16 @@ def listening() -> socket.socket:
     return sock
 
 
+def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+    """Wait until a condition holds, and return what it said; fail after some seconds."""
+    end = time.monotonic() + seconds
+    pause = threading.Event()
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        pause.wait(0.002)
+    return value
+
+
 @dataclass
 class Cluster:
     """Running servers and their file."""
@@ -91,6 +181,19 @@ class Cluster:
     location: str
     file: ClusterFile
     servers: list[Running]
+    config: ServerConfig
+    own_filters: bool
+    _stack: ExitStack
+
+    def join(self, weight: float = 1.0) -> Running:
+        """Write the next layout, with one more server, and start that; the others have not been told."""
+        sock = listening()
+        self.file, entry = self.file.with_server("127.0.0.1", sock.getsockname()[1], http_port=None, weight=weight)
+        config = replace(self.config, cluster=self.file, server_id=entry.id)
+        server = Running(config, sock, own_filters=self.own_filters)
+        write_cluster(self.location, self.file)
+        self.servers.append(self._stack.enter_context(server))
+        return server
 
 
 @contextmanager
@@ -123,5 +226,42 @@ def running(
         **settings.more,
     )
     with ExitStack() as stack:
-        started = [stack.enter_context(Running(replace(config, server_id=i), sock)) for i, sock in enumerate(sockets)]
-        yield Cluster(location, cluster, started)
+        started = [
+            Running(replace(config, server_id=i), sock, own_filters=settings.own_filters)
+            for i, sock in enumerate(sockets)
+        ]
+        for server in started:
+            server.launch()
+        for server in started:
+            stack.enter_context(server)
+        yield Cluster(location, cluster, started, config, settings.own_filters, stack)
+
+
+class Door:
+    """Holds up a server's lane: the batch that it takes next is searched once `open` is called."""
+
+    def __init__(self, server: Running) -> None:
+        self._lane = server.server.answering.lane
+        self._search = self._lane._search
+        self._inside, self._opened = threading.Event(), threading.Event()
+
+    def __enter__(self) -> Door:
+        self._lane._search = self._wait
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.open()
+
+    def open(self) -> None:
+        """Let it go on."""
+        self._lane._search = self._search
+        self._opened.set()
+
+    def wait_inside(self) -> None:
+        """Wait until a batch has come."""
+        assert self._inside.wait(30)
+
+    def _wait(self, batch: Any) -> Any:
+        self._inside.set()
+        assert self._opened.wait(60)
+        return self._search(batch)

@@ -280,6 +280,18 @@ def test_a_crowd_is_answered_busy_and_then_as_before() -> None:
             pass  # until the crowd's threads have seen that it is gone; the test's time limit ends it otherwise
 
 
+def test_who_is_refused_is_not_cut_off_while_asking() -> None:
+    request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
+    with port() as opened, ExitStack() as crowd:
+        for _ in range(page.MAX_CONNECTIONS):
+            crowd.enter_context(socket.create_connection(opened.address))
+        link = crowd.enter_context(socket.create_connection(opened.address))
+        assert link.recv(12) == b"HTTP/1.1 503"
+        link.sendall(request)
+        link.sendall(b"\r\n")  # fails once the first part was met by a closed socket
+        assert link.recv(1_000).endswith(b"Too many connections\n")
+
+
 def test_no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "REQUEST_SECONDS", 60.0)
     before = set(threading.enumerate())

@@ -176,7 +176,7 @@ def test_fragments_follow_weights() -> None:
     assert [counts[group] / 4_000 for group in range(3)] == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
 
 
-@pytest.mark.parametrize("weights", [[], [1.0, 0.0], [-1.0], [math.nan], [1.0, math.inf]])
+@pytest.mark.parametrize("weights", [[], [1.0, 0.0], [-1.0], [math.nan], [1.0, math.inf], [1e300]])
 def test_weights_that_mean_nothing_are_refused(weights: list[float]) -> None:
     with pytest.raises(InvalidArgument, match="weight"):
         place_shards([], weights)

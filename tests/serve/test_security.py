@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import os
+import re
 import socket
 import ssl
 import subprocess
@@ -460,6 +462,60 @@ def test_a_bad_client_is_not_served(
         handshake(certificates.server, certificates.ca, identity, client_ca=certificates.ca, version=version)
 
 
+async def speak(port: int, tls: ssl.SSLContext) -> None:
+    """Connect and speak first, as a client of the package does."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls, server_hostname="localhost")
+    try:
+        writer.write(b"Hello")
+        await asyncio.wait_for(reader.read(), 20)
+    finally:
+        writer.transport.abort()
+
+
+async def refusal(server: ssl.SSLContext, client: ssl.SSLContext) -> ssl.SSLError:
+    """Return what a client sees of a server on an event loop that refuses it."""
+    listener = await asyncio.get_running_loop().create_server(asyncio.Protocol, "127.0.0.1", 0, ssl=server)
+    try:
+        with pytest.raises(ssl.SSLError) as caught:
+            await speak(listener.sockets[0].getsockname()[1], client)
+    finally:
+        listener.close()
+    return caught.value
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize(
+    ("client", "reason"),
+    [
+        (None, "(?i)alert.certificate.required|alert.handshake.failure"),
+        ("expired_client", "(?i)alert.certificate.expired"),
+        ("foreign_client", "(?i)alert.unknown.ca"),
+    ],
+)
+def test_a_server_on_an_event_loop_says_why_it_refuses_a_client_and_logs_it(
+    certificates: Certificates,
+    client: str | None,
+    reason: str,
+    version: ssl.TLSVersion,
+    loop: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    good, identity = certificates, getattr(certificates, client) if client else None
+    at_server = server_tls(good.server.cert, good.server.key, good.ca.cert)
+    at_client = client_tls(good.ca.cert, *((identity.cert, identity.key) if identity else ()))
+    at_client.maximum_version = version
+    events = pytest.importorskip("uvloop").new_event_loop() if loop == "uvloop" else asyncio.new_event_loop()
+    try:
+        error = events.run_until_complete(refusal(at_server, at_client))
+        # What was aborted is closed in a turn after.
+        events.run_until_complete(events.shutdown_asyncgens())
+    finally:
+        events.close()
+    assert re.search(reason, str(error))
+    assert [record.getMessage()[:22] for record in caplog.records] == ["a TLS handshake failed"]
+
+
 def test_old_versions_are_not_spoken(certificates: Certificates) -> None:
     old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     old.load_verify_locations(certificates.ca.cert)
@@ -471,5 +527,7 @@ def test_old_versions_are_not_spoken(certificates: Certificates) -> None:
     with pytest.raises(ssl.SSLWantReadError):
         hello.do_handshake()
     server = server_tls(certificates.server.cert, certificates.server.key).wrap_bio(theirs, ours, server_side=True)
+    with pytest.raises(ssl.SSLWantReadError):  # so that the alert is sent
+        server.do_handshake()
     with pytest.raises(ssl.SSLError, match="UNSUPPORTED_PROTOCOL"):
         server.do_handshake()
