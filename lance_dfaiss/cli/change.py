@@ -2,27 +2,66 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import IndexNotFound
+from .cluster import RELOAD_SECONDS, move_report
+from .edge import usage_error
 from .options import DatasetArgument, JsonFlag, OptionalNameArgument, Reach, TrustedAccess
 from .output import Line, Report, output
+from .reach import ClusterReach
+
+if TYPE_CHECKING:
+    from ..launch.control import Move
 
 __all__ = ["adopt", "rollback"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServedBy(ClusterReach):
+    """Who serves the index, so that they take part in the change."""
+
+    cluster_file: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster-file",
+            metavar="FILE",
+            help="Have the servers of this cluster move at once, all of them to the new version.",
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Raise a usage error for options that have no effect without a cluster."""
+        ClusterReach.check(self)
+        options = ("token_file", "tls_ca", "tls_cert", "timeout")
+        said = [f"--{name.replace('_', '-')}" for name in options if getattr(self, name) is not None]
+        if said and self.cluster_file is None:
+            raise usage_error(f"{', '.join(said)} without --cluster-file")
+
+
 def rollback(
-    dataset: DatasetArgument, access: TrustedAccess, name: OptionalNameArgument = None, as_json: JsonFlag = False
+    dataset: DatasetArgument,
+    access: TrustedAccess,
+    served: ServedBy,
+    name: OptionalNameArgument = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Make the generation current again that was current before; run again, it undoes itself."""
+    served.check()
     where = access.of_dataset()
     from .. import rollback as roll_back
     from ..lance_io import PinnedDataset, open_dataset
     from ..pointers import find_pointer
 
-    handle = roll_back(open_dataset(dataset, storage_options=where.pop("storage_options")), name, **where)
+    handle = open_dataset(dataset, storage_options=where.pop("storage_options"))
+    # Before anything is changed: a cluster that cannot be told, or serves something else, is a mistake.
+    move = None if served.cluster_file is None else _mover(served, dataset, name, handle, access)
+    handle = roll_back(handle, name, **where)
     found = find_pointer(PinnedDataset(handle), name, access.index_uri)
     document = {
         "name": found.name,
@@ -34,7 +73,42 @@ def rollback(
         f"{found.name!r} is rolled back from generation {found.pointer.previous}:"
         f" now generation {found.pointer.generation} at version {handle.version}"
     )
-    output(as_json=as_json).show(Report(document, [said]))
+    if move is None:
+        output(as_json=as_json).show(Report(document, [said]))
+        return
+    moves = move(handle.version)
+    output(as_json=as_json).show(move_report(moves, document, [said]))
+    if any(each.error is not None for each in moves):
+        raise typer.Exit(1)
+
+
+def _mover(
+    served: ServedBy, dataset: str, name: str | None, handle: Any, access: TrustedAccess
+) -> Callable[[int], list[Move]]:
+    """Return what has all servers of an index move to a version."""
+    from ..launch.control import move_servers
+    from ..lance_io import PinnedDataset
+    from ..pointers import find_pointer
+
+    assert served.cluster_file is not None
+    cluster = served.cluster(served.cluster_file)
+    caller = served.caller(cluster, seconds=RELOAD_SECONDS)
+    index = find_pointer(PinnedDataset(handle), name, access.index_uri).name
+    for each in cluster.indexes:
+        if each.index == index and _place(each.dataset) == _place(dataset):
+            called = each.name
+            return lambda version: move_servers(cluster, caller, index=called, version=version)
+    known = ", ".join(f"{each.index!r} of {each.dataset}" for each in cluster.indexes)
+    raise IndexNotFound(
+        f"the cluster of {served.cluster_file} does not serve index {index!r} of {dataset}",
+        remedy=f"It serves {known}; nothing was changed",
+        name=index,
+        available=tuple(each.name for each in cluster.indexes),
+    )
+
+
+def _place(dataset: str) -> str:
+    return dataset.rstrip("/") if "://" in dataset else os.path.realpath(dataset)
 
 
 @dataclass(frozen=True, kw_only=True)

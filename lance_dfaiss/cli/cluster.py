@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Told = Mapping[int, "ServerStatus | DfaissError"]
 
-__all__ = ["move_report", "reload", "status"]
+__all__ = ["RELOAD_SECONDS", "move_report", "reload", "status"]
 
 STATUS_SECONDS = 5.0
 """For a server to say how it is: it tells that from memory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 from lance import LanceDataset
@@ -31,6 +32,9 @@ _FILTER_IO_BUFFER_BYTES = 32 * 1024 * 1024
 # All that Lance says where its planner came upon a part of SQL that it has no code for ($1, :name, N'text').
 _PANIC = "Task was aborted"
 
+# How its planner says that it cannot fold constants: - cast(null as timestamp).
+_INTERNAL = re.compile(r"(?s)Internal error: .*DataFusion")
+
 
 def matching_rows(dataset: LanceDataset, filter_sql: str, fragments: list[Any] | None, uri: str) -> UInt64Array:
     """Return the addresses of the live rows that match; see `PinnedDataset.matching`."""
@@ -47,7 +51,7 @@ def matching_rows(dataset: LanceDataset, filter_sql: str, fragments: list[Any] |
         ).to_table()
     except ValueError as exc:
         said = LANCE_SOURCE.sub("", str(exc).strip())
-        if UNREADABLE.match(said):
+        if UNREADABLE.match(said) and not _INTERNAL.search(said):
             raise StorageError(f"Lance could not read {uri}: {said}", location=uri) from exc
         unknown = UNKNOWN_FIELD.search(said)
         if unknown:
@@ -62,11 +66,11 @@ def matching_rows(dataset: LanceDataset, filter_sql: str, fragments: list[Any] |
             f"Lance cannot use the filter {filter_sql!r}: {said}", parameter="filter", value=filter_sql
         ) from exc
     except (OSError, RuntimeError) as exc:
-        if str(exc) == _PANIC:
+        internal = _INTERNAL.search(str(exc))
+        if internal or str(exc) == _PANIC:
+            why = first_line(exc)[internal.start() :] if internal else "it holds something that is not implemented"
             raise InvalidFilter(
-                f"Lance gave up on the filter {filter_sql!r}: it holds something that Lance has not implemented",
-                parameter="filter",
-                value=filter_sql,
+                f"Lance gave up on the filter {filter_sql!r}: {why}", parameter="filter", value=filter_sql
             ) from exc
         raise StorageError(f"Lance could not read {uri}: {first_line(exc)}", location=uri) from exc
     return cast("UInt64Array", table[ADDRESS_COLUMN].to_numpy())

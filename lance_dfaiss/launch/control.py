@@ -124,7 +124,7 @@ async def _move_index(servers: Sequence[ServerEntry], caller: Caller, index: str
 async def _move(entry: ServerEntry, caller: Caller, index: str, version: int | None) -> Move:
     try:
         done: Done = await _ask(entry, Reload(index=index, version=version), Done, caller)
-        at = str(done.facts[index])
+        at = str(done.facts.get("at", {}).get(index, ""))
         if version is None:
             reply: StatusReply = await _ask(entry, Status(), StatusReply, caller)
             version = _version_of(reply.status, index, at)

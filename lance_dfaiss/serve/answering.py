@@ -728,6 +728,19 @@ def _snapshot(held: Held) -> dict[str, Any]:
     return {"name": "snapshot", "seconds": 0.0, "facts": facts}
 
 
+def _snapshot_of(held: Held) -> dict[str, Any]:
+    """Return what a search was about, as the first of its stages."""
+    snapshot = held.view.snapshot
+    facts = {
+        "live_rows": snapshot.live_rows,
+        "masked_rows": snapshot.masked_rows,
+        "mapped_rows": snapshot.mapped_rows,
+        "tail_rows": held.view.tail.rows,
+        "factory": held.view.generation.manifest.spec.factory,
+    }
+    return {"name": "snapshot", "seconds": 0.0, "facts": facts}
+
+
 def _told(stage: Any) -> dict[str, Any]:
     facts = {name: value.item() if isinstance(value, np.generic) else value for name, value in stage.facts.items()}
     return {"name": stage.name, "seconds": stage.seconds, "facts": facts}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,9 @@ _log = logging.getLogger(__name__)
 
 KEPT_SNAPSHOTS = 3
 """Snapshots of one index that a server offers: the newest, and those that slower servers may still be at."""
+
+MAX_SNAPSHOTS = 8
+"""The same where older ones are still asked for, because some server takes longer to move than others."""
 
 # Names of shards that an offer lists, for messages: a frame must stay small.
 _NAMED_SHARDS = 1_000
@@ -130,13 +134,16 @@ class Held:
     payload : Payload or None
         Columns in RAM.
     used_at : float
-        When it was last asked for, on the monotonic clock.
+        When it was last asked for, on the monotonic clock; -inf for never.
+    newest_at : float
+        Until when it was the newest one.
     """
 
     offer: Offer
     view: View
     payload: Payload | None
-    used_at: float
+    used_at: float = -math.inf
+    newest_at: float = math.inf
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -406,7 +413,7 @@ class Holdings:
             portion.group,
             read_bytes,
         )
-        return Held(offer, view, payload, time.monotonic()), read_bytes
+        return Held(offer, view, payload), read_bytes
 
     def _generation(self, shelf: Shelf, pinned: PinnedDataset) -> Generation:
         served = shelf.served
@@ -474,12 +481,15 @@ class Holdings:
 
     def _offer(self, name: str, held: Held, swap: Swap) -> None:
         shelf = self.shelves[name]
+        now = time.monotonic()
+        if shelf.newest is not None:
+            shelf.newest.newest_at = now
         snapshots = {held.offer.at: held}
         replaced = shelf.newest is not None and shelf.newest.offer.version > held.offer.version
         # A dataset that was written anew starts counting anew: clients must not take the old one for the newer.
         if not replaced:
             snapshots.update(shelf.snapshots)
-        kept = sorted(snapshots.values(), key=lambda each: each.offer.order, reverse=True)[:KEPT_SNAPSHOTS]
+        kept = _kept(list(snapshots.values()), now - self._options.grace_seconds)
         self._put(
             name,
             snapshots={each.offer.at: each for each in kept},
@@ -491,14 +501,18 @@ class Holdings:
         self._changed()
         self._let_go([each for each in shelf.snapshots.values() if each not in kept])
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
         """Free the older snapshots that nobody has asked for in a while."""
-        now = time.monotonic()
+        with self._one_at_a_time:
+            self._prune()
+
+    def _prune(self) -> None:
+        since = time.monotonic() - self._options.grace_seconds
         for name, shelf in list(self.shelves.items()):
             over = [
                 held
                 for held in shelf.snapshots.values()
-                if held is not shelf.newest and now - held.used_at > self._options.grace_seconds
+                if held is not shelf.newest and max(held.used_at, held.newest_at) < since
             ]
             if over:
                 self._put(name, snapshots={at: held for at, held in shelf.snapshots.items() if held not in over})
@@ -514,6 +528,17 @@ class Holdings:
 
     def _put(self, name: str, **changes: Any) -> None:
         self.shelves = {**self.shelves, name: replace(self.shelves[name], **changes)}
+
+
+def _kept(snapshots: list[Held], since: float) -> list[Held]:
+    """Return the snapshots to keep: the newest, and of the others those that are still asked for.
+
+    A server that is slow to move holds all others at the snapshot that it has: they must not forget that one.
+    """
+    snapshots.sort(key=lambda held: held.offer.order, reverse=True)
+    newest, others = snapshots[:KEPT_SNAPSHOTS], snapshots[KEPT_SNAPSHOTS:]
+    wanted = sorted((held for held in others if held.used_at >= since), key=lambda held: held.used_at, reverse=True)
+    return newest + wanted[: MAX_SNAPSHOTS - KEPT_SNAPSHOTS]
 
 
 def give_memory_back() -> None:

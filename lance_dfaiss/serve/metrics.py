@@ -78,7 +78,7 @@ class Holding:
     rows : int
         That can be found, of all groups together.
     tail_rows : int
-        Of those, rows without an entry, searched one by one.
+        Of those that this server holds, rows without an entry, searched one by one.
     unsaved_rows : int
         Of those, rows found only through Lance's transactions: where a compaction moved them is not written down yet.
     ram_bytes : int
@@ -292,10 +292,9 @@ class ServerMetrics:
         """Say how many clients are connected now."""
         self._connections = n
 
-    def filter_restart(self) -> None:
-        """Count a child process for filters that had to be replaced."""
-        with self._lock:
-            self._filter_restarts += 1
+    def filter_restarts(self, total: int) -> None:
+        """Say how many child processes for filters had to be replaced since the start."""
+        self._filter_restarts = total
 
     def ready(self, is_ready: bool) -> None:
         """Say whether the server is ready. The HTTP port says so itself before each reading."""
@@ -324,8 +323,7 @@ class ServerMetrics:
         index : str
             Name.
         outcome : str
-            `OK`, or why not: ``"refused"`` where memory does not suffice, else the name of an error class. From the
-            program, never from outside.
+            `OK`, or the name of the error class; from the program, never from outside.
         seconds : float
             It took.
         """
@@ -448,7 +446,7 @@ def _held_families(held: list[tuple[str, Holding]], now: float) -> Iterator[Metr
         "snapshot_age_seconds", "Time since the commit of what is served.", (now - f.committed_at for f in facts)
     )
     yield gauge("rows", "Rows that can be found, of all groups.", (f.rows for f in facts))
-    yield gauge("tail_rows", "Rows searched one by one.", (f.tail_rows for f in facts))
+    yield gauge("tail_rows", "Rows here without an entry, searched one by one.", (f.tail_rows for f in facts))
     yield gauge("unsaved_rows", "Rows whose compaction is not written down.", (f.unsaved_rows for f in facts))
     yield gauge("ram_bytes", "Memory of all its snapshots here.", (f.ram_bytes for f in facts))
     yield gauge("shards", "Shards held here.", (f.shards for f in facts))

@@ -72,8 +72,8 @@ class StatusPort:
     metrics : ServerMetrics
         For ``/metrics``.
     status : callable
-        Returns a `ServerStatus`, and returns it only while the event loop answers. Called on a thread; never twice at
-        a time.
+        Returns a `ServerStatus`, and returns it only while the event loop answers; brings gauges up to date. Called
+        on a thread, never twice at a time, also before metrics are read.
     ready : callable
         Whether the server takes queries. Called on any thread; must return at once.
     hosts : collection of str
@@ -107,7 +107,10 @@ class StatusPort:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop answering and end the threads; connections that are open are cut. Can be called again."""
+        """Stop answering and end the threads; connections that are open are cut. Can be called again.
+
+        Waits for a status that is being made, so an event loop must call it on another thread.
+        """
         with contextlib.suppress(OSError):  # closed already, or a system that does not shut down listening sockets
             self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the accepting thread at once
         if self._thread is not None:
@@ -216,8 +219,20 @@ class _Answers:
         return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, f"not ready: {reason or 'no reason is known'}\n"
 
     def _render(self) -> tuple[HTTPStatus, str, bytes]:
-        self._metrics.ready(self._ready())
+        self._metrics.ready(self._takes_queries())
         return HTTPStatus.OK, METRICS_TYPE, self._metrics.render()
+
+    def _takes_queries(self) -> bool:
+        # A server brings its gauges up to date when it is asked for its status. Metrics are there also without.
+        try:
+            self._status(ANSWER_SECONDS)
+        except TimeoutError as exc:
+            _log.warning("the event loop gave %s", exc)
+            return False
+        except Exception:
+            _log.exception("the status could not be made")
+            return False
+        return self._ready()
 
     def _json(self) -> tuple[HTTPStatus, str, str]:
         return HTTPStatus.OK, "application/json", json.dumps(self._status(ANSWER_SECONDS), indent=1) + "\n"

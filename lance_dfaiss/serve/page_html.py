@@ -24,7 +24,7 @@ __all__ = ["CONTENT_POLICY", "Note", "notes_of", "status_page"]
 
 REFRESH_SECONDS = 5
 TAIL_SHARE = 0.05
-"""Share of rows without an entry from which the page says so: each search reads them all."""
+"""Share of a server's rows without an entry from which the page says so: each search reads them all."""
 
 TAIL_ROWS = 1_000
 """Fewer than these are read in no time, whatever their share."""
@@ -114,8 +114,8 @@ def _index_notes(index: IndexStatus) -> list[Note]:
     name, swap, notes = index["name"], index["last_swap"], []
     if index["problem"] is not None:
         notes.append(Note("bad", name, index["problem"]))
-    if swap is not None and swap["outcome"] != OK:
-        notes.append(Note("bad", name, f"The last swap ended as {swap['outcome']}. {swap['detail']}".strip()))
+    if swap is not None and swap["outcome"] != OK and swap["detail"] != index["problem"]:
+        notes.append(Note("bad", name, f"The last swap failed: {swap['detail'] or swap['outcome']}"))
     if index["loading"] is not None:
         notes.append(Note("info", name, f"Loading {index['loading']}"))
     if not index["snapshots"]:
@@ -124,7 +124,7 @@ def _index_notes(index: IndexStatus) -> list[Note]:
     if newest["unsaved_rows"]:
         rows = f"{newest['unsaved_rows']:,} rows were moved by a compaction that is not written down"
         notes.append(Note("warn", name, f"{rows}: run lance-dfaiss sync before old versions are cleaned up."))
-    if newest["tail_rows"] >= max(TAIL_ROWS, TAIL_SHARE * newest["rows"]):
+    if newest["tail_rows"] >= max(TAIL_ROWS, TAIL_SHARE * index["coverage"] * newest["rows"]):
         rows = f"{newest['tail_rows']:,} rows have no entry and are read by every search"
         notes.append(Note("warn", name, f"{rows}: run lance-dfaiss update."))
     return notes
@@ -342,7 +342,8 @@ def _index(index: IndexStatus, group: int, now: float) -> Html:
 
 def _index_facts(index: IndexStatus, newest: SnapshotStatus | None, group: int, now: float) -> Html:
     columns = ", ".join(index["payload"])
-    kind = f"{index['index']} · {index['index_type']} · {index['metric']} · {index['dim']:,} dimensions"
+    dim = f"{index['dim']:,} dimensions" if index["dim"] else ""
+    kind = " · ".join(filter(None, (index["index"], index["index_type"], index["metric"], dim)))
     facts = [
         _fact("Dataset", fill('<span class="mono">{uri}</span>', uri=index["dataset"]), wide=True),
         _fact("Index", kind, wide=True),
@@ -354,15 +355,13 @@ def _index_facts(index: IndexStatus, newest: SnapshotStatus | None, group: int, 
             _fact("Generation", _generation(newest["generation"])),
             _fact("Last swap", _swap(index["last_swap"], now)),
             _fact("Rows", fill("<b>{rows}</b>", rows=f"{newest['rows']:,}")),
-            _fact("Indexed · deleted since", f"{newest['indexed_rows']:,} · {newest['masked_rows']:,}"),
-            _fact("Not indexed", f"{newest['tail_rows']:,}"),
+            _fact("Indexed here · deleted since", f"{newest['indexed_rows']:,} · {newest['masked_rows']:,}"),
+            _fact("Not indexed, here", f"{newest['tail_rows']:,}"),
             _fact("Held here", _coverage(index["coverage"], newest["group_rows"], group)),
+            _fact("Shards here", f"{index['shards']:,}"),
+            _fact("Columns in memory", f"{columns} · {_size(index['payload_bytes'])}" if columns else "none"),
+            _fact("Factory", fill('<span class="mono">{text}</span>', text=index["factory"]), wide=True),
         ]
-    facts += [
-        _fact("Shards here", f"{index['shards']:,}"),
-        _fact("Columns in memory", f"{columns} · {_size(index['payload_bytes'])}" if columns else "none"),
-        _fact("Factory", fill('<span class="mono">{text}</span>', text=index["factory"]), wide=True),
-    ]
     return joined(facts)
 
 
@@ -431,8 +430,8 @@ def _snapshots(snapshots: Sequence[SnapshotStatus], now: float) -> Html:
     )
     return fill(
         '<h3>Snapshots offered</h3><div class="scroll"><table><thead><tr><th>Snapshot</th><th class="left">Committed'
-        "</th><th>Version</th><th>Generation</th><th>Rows</th><th>Not indexed</th><th>Unsaved</th><th>Memory</th></tr>"
-        "</thead><tbody>{rows}</tbody></table></div>",
+        "</th><th>Version</th><th>Generation</th><th>Rows</th><th>Not indexed, here</th><th>Unsaved</th>"
+        "<th>Memory</th></tr></thead><tbody>{rows}</tbody></table></div>",
         rows=rows,
     )
 

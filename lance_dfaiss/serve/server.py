@@ -276,6 +276,8 @@ class Server:
         self._reread()
         if self.holdings.cluster.refresh_seconds:
             self.holdings.follow(self._grid_point())
+        else:
+            self.holdings.prune()
 
     def _reread(self) -> None:
         """Take up a new cluster file; one that cannot be read changes nothing."""

@@ -65,7 +65,11 @@ class SwapStatus(TypedDict):
 
 
 class SnapshotStatus(TypedDict):
-    """One snapshot that is offered. ``group_rows`` are rows that can be found, by shard group."""
+    """One snapshot that is offered.
+
+    ``rows`` are those that can be found, of all groups, and ``group_rows`` by group. ``indexed_rows``, ``masked_rows``
+    and ``tail_rows`` are of this server.
+    """
 
     at: str
     epoch: int

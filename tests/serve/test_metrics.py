@@ -122,10 +122,10 @@ def test_gauges_tell_what_is_held() -> None:
 def test_swaps_and_failures_are_told() -> None:
     metrics = ServerMetrics(wall=Clock(7_000.0))
     metrics.swap("words", "ok", 3.5)
-    metrics.swap("words", "refused", 0.25)
+    metrics.swap("words", "BudgetExceeded", 0.25)
     metrics.load_failure("words")
     assert value(metrics, "swaps_total", index="words", outcome="ok") == 1
-    assert value(metrics, "swaps_total", index="words", outcome="refused") == 1
+    assert value(metrics, "swaps_total", index="words", outcome="BudgetExceeded") == 1
     assert value(metrics, "last_swap_timestamp_seconds", index="words") == 7_000
     assert value(metrics, "last_swap_seconds", index="words") == 0.25
     assert value(metrics, "last_swap_success", index="words") == 0
@@ -150,7 +150,7 @@ def test_now_and_batches() -> None:
     metrics = ServerMetrics()
     metrics.waiting(17)
     metrics.connections(3)
-    metrics.filter_restart()
+    metrics.filter_restarts(1)
     metrics.ready(True)
     for queries in (1, 3, 64, 5_000):
         metrics.batch(queries)

@@ -28,6 +28,7 @@ from lance_dfaiss.serve.status import ServerStatus, ServerSummary
 from tests.serve.status_example import index, port, snapshot, status, traffic, troubled
 
 NOW = 1_800_000_000.0
+SWAP = {"at": NOW, "seconds": 1.0, "outcome": "CorruptIndex", "read_bytes": 0, "detail": ""}
 PATHS = ("/", "/healthz", "/readyz", "/metrics", "/status.json")
 
 
@@ -118,7 +119,9 @@ def test_a_hanging_event_loop_is_told_and_holds_one_thread(monkeypatch: pytest.M
         assert [answer.status for answer, _ in answers] == [503] * 5
         assert "event loop gave no answer within 0.05 s" in answers[0][1]
         assert sum(thread.name == "dfaiss-http-status" for thread in threading.enumerate()) == 1
-        assert ask(opened, "/metrics")[0].status == 200
+        answer, body = ask(opened, "/metrics")
+        assert answer.status == 200
+        assert "lance_dfaiss_ready 0.0" in body
         monkeypatch.setattr(page, "ANSWER_SECONDS", 20.0)
         free.set()
         assert ask(opened, "/healthz")[0].status == 200
@@ -133,7 +136,18 @@ def test_a_status_that_fails_is_logged_and_not_told(caplog: pytest.LogCaptureFix
         assert ask(opened, "/metrics")[0].status == 200
     assert [answer.status for answer, _ in answers] == [500] * 3
     assert not any("secret" in body for _, body in answers)
-    assert sum("ValueError: secret" in (record.exc_text or "") for record in caplog.records) == 3
+    assert sum("ValueError: secret" in (record.exc_text or "") for record in caplog.records) == 4
+
+
+def test_gauges_are_brought_up_to_date_before_they_are_read() -> None:
+    metrics = ServerMetrics()
+
+    def measure() -> ServerStatus:
+        metrics.waiting(41)
+        return status()
+
+    with port(measure, metrics=metrics) as opened:
+        assert "lance_dfaiss_waiting_queries 41.0" in ask(opened, "/metrics")[1]
 
 
 def test_requests_are_logged_at_debug_only(caplog: pytest.LogCaptureFixture) -> None:
@@ -479,7 +493,7 @@ def test_notes_tell_what_is_wrong_worst_first() -> None:
     assert [note.level for note in notes] == ["bad", *["warn"] * 5, "info"]
     text = " ".join(f"{note.about}: {note.text}" for note in notes)
     for wanted in (
-        "words: The last swap ended as refused. It needs 1.92 GiB", "14,220 rows were moved", "lance-dfaiss sync",
+        "words: The last swap failed: Version 215 needs 1.92 GiB", "14,220 rows were moved", "lance-dfaiss sync",
         "96,400 rows have no entry", "Memory: 3.70 GiB of 4.00 GiB", "Queue: Nearly full", "replaced 2 times",
         "images: Loading version 12: 3 of 8 shards",
     ):  # fmt: skip
@@ -492,10 +506,13 @@ def test_notes_tell_what_is_wrong_worst_first() -> None:
     ("changes", "about"),
     [
         ({"problem": "the dataset is gone"}, "the dataset is gone"),
+        ({"problem": "too large", "last_swap": {**SWAP, "detail": "too large"}}, "too large"),  # told once
+        ({"problem": None, "last_swap": {**SWAP, "detail": ""}}, "The last swap failed: CorruptIndex"),
         ({"snapshots": [snapshot(NOW, unsaved_rows=1)]}, "1 rows were moved"),
-        ({"snapshots": [snapshot(NOW, rows=20_000, tail_rows=1_000)]}, "1,000 rows have no entry"),
-        ({"snapshots": [snapshot(NOW, rows=20_000, tail_rows=999)]}, None),
-        ({"snapshots": [snapshot(NOW, rows=20_001, tail_rows=1_000)]}, None),
+        ({"snapshots": [snapshot(NOW, rows=20_000, tail_rows=1_000)], "coverage": 1.0}, "1,000 rows have no entry"),
+        ({"snapshots": [snapshot(NOW, rows=20_000, tail_rows=999)], "coverage": 1.0}, None),
+        ({"snapshots": [snapshot(NOW, rows=20_001, tail_rows=1_000)], "coverage": 1.0}, None),
+        ({"snapshots": [snapshot(NOW, rows=40_000, tail_rows=1_000)], "coverage": 0.5}, "1,000 rows have no entry"),
         ({"snapshots": [snapshot(NOW), snapshot(NOW, unsaved_rows=9)]}, None),  # an old one: goes by itself
         ({"last_swap": None}, None),
     ],

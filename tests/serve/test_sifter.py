@@ -40,7 +40,7 @@ from lance_dfaiss.serve.sifter import DatasetPlace, Sifter
 MEGABYTE = 1024 * 1024
 MEMORY = 384 * MEGABYTE
 # Keeps a process busy for as long as it lives, and takes little memory.
-ENDLESS = "regexp_like(repeat(s, 300000), '(x+x+)+y')"
+ENDLESS = "levenshtein(repeat(s, 40000), repeat(s, 40001)) = 1"
 FRAGMENTS = [0, 1, 2, 3, 4]
 
 
@@ -105,10 +105,10 @@ def _until(condition: Callable[[], object]) -> None:
 
 
 def _busy(pid: int) -> bool:
-    """Tell whether a process has used a quarter of a second of the processor since it was asked first."""
+    """Tell whether a process has used a tenth of a second of the processor since it was asked first."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     ticks = int(fields[11]) + int(fields[12])
-    return ticks >= _TICKS.setdefault(pid, ticks) + os.sysconf("SC_CLK_TCK") // 4
+    return ticks >= _TICKS.setdefault(pid, ticks) + os.sysconf("SC_CLK_TCK") // 10
 
 
 _TICKS: dict[int, int] = {}
@@ -184,7 +184,7 @@ def test_a_wrong_filter_is_told_and_the_process_goes_on(shared: Sifter) -> None:
         shared.matching("storage None", "a = ")
     assert type(wrong.value) is InvalidFilter
     with pytest.raises(InvalidFilter, match="cannot use the filter") as long:
-        shared.matching("storage None", "a = 1 and " * 100_000)
+        shared.matching("storage None", "a = 1 and " * 1000)
     assert len(str(long.value)) < 10_000
 
 
@@ -206,7 +206,7 @@ def test_a_key_that_is_not_registered_is_told(shared: Sifter) -> None:
 def test_a_hostile_filter_harms_only_its_process(
     pinned: PinnedDataset, sql: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with _sifter(seconds=2.0) as sifter:
+    with _sifter(seconds=1.5) as sifter:
         sifter.open("rows", pinned, None)
         expected = sifter.matching("rows", "a = 3")
         before = _status(os.getpid(), "VmRSS")
@@ -250,8 +250,10 @@ def test_an_idle_process_that_is_killed_is_replaced_unnoticed(pinned: PinnedData
         sifter.open("rows", pinned, None, ["a"])
         found = sifter.matching("rows", "a = 3")
         (pid,) = sifter.pids
+        watched = os.pidfd_open(pid)
         os.kill(pid, signal.SIGKILL)
-        _until(lambda: "State:\tZ" in Path(f"/proc/{pid}/status").read_text(encoding="ascii"))
+        assert select.select([watched], [], [], 30)[0]
+        os.close(watched)
         np.testing.assert_array_equal(sifter.matching("rows", "a = 3"), found)
         assert sifter.restarts == 1
 
@@ -269,11 +271,10 @@ def test_the_deadline_of_a_call_is_the_shorter_one(pinned: PinnedDataset) -> Non
 def test_starting_and_opening_do_not_count_as_the_filters_time(pinned: PinnedDataset) -> None:
     with _sifter(seconds=0.3) as sifter:
         sifter.open("rows", pinned, None, ["a", "s"])
-        for _ in range(2):
-            with pytest.raises(FilterTooCostly):
-                sifter.matching("rows", ENDLESS)
-            # The new process has just begun to load: this waits for it.
-            assert len(sifter.matching("rows", "a = 3", 0.29)) == len(pinned.matching("a = 3"))
+        with pytest.raises(FilterTooCostly):
+            sifter.matching("rows", ENDLESS)
+        # The new process has just begun to load: this waits for it.
+        assert len(sifter.matching("rows", "a = 3", 0.29)) == len(pinned.matching("a = 3"))
 
 
 def test_a_slow_filter_does_not_hold_up_the_others(pinned: PinnedDataset) -> None:
@@ -339,8 +340,9 @@ def test_a_key_registered_again_means_the_new_version(tmp_path: Path) -> None:
 
 
 def test_memory_of_columns_is_shared_by_versions_and_goes_with_the_last(tmp_path: Path) -> None:
-    rows = 400_000
-    table = pa.table({"id": pa.array(range(rows)), "s": pa.array(["x" * 200] * rows)})
+    rows = 200_000
+    noise = np.random.default_rng(0).bytes(200 * rows)  # Lance would hold less of what can be compressed
+    table = pa.table({"id": range(rows), "s": [noise[i : i + 200] for i in range(0, 200 * rows, 200)]})
     dataset = lance.write_dataset(table, str(tmp_path / "rows.lance"))
     with _sifter() as sifter:
         sifter.open("first", PinnedDataset(dataset), None, ["s"])

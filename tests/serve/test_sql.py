@@ -506,8 +506,13 @@ def test_the_check_needs_little_stack_itself() -> None:
 
 
 def test_a_part_of_sql_that_lance_has_no_code_for_is_a_wrong_filter(dataset: lance.LanceDataset) -> None:
-    with pytest.raises(InvalidFilter, match="has not implemented"):
+    with pytest.raises(InvalidFilter, match="is not implemented"):
         PinnedDataset(dataset).matching("s = $1")
+
+
+def test_constants_that_lance_cannot_fold_are_a_wrong_filter(dataset: lance.LanceDataset) -> None:
+    with pytest.raises(InvalidFilter, match=r"gave up on the filter .*: Internal error: .* arithmetic negative"):
+        PinnedDataset(dataset).matching("- ts = d")
 
 
 def test_a_fragment_that_is_not_there_is_told(dataset: lance.LanceDataset) -> None:
