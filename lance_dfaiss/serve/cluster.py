@@ -59,6 +59,7 @@ class _IndexBase(TypedDict):
 
 class _IndexJSON(_IndexBase, total=False):
     index_uri: str | None
+    version: int | None
 
 
 class _ServerBase(TypedDict):
@@ -102,12 +103,16 @@ class ServedIndex:
         Name of the index there.
     index_uri : str or None
         Where its files lie, if not in the dataset.
+    version : int or None
+        Dataset version that a server starts at where versions are not followed (``refresh_seconds`` 0), so that one
+        that is started again comes to where the others are; None for the newest.
     """
 
     name: str
     dataset: str
     index: str
     index_uri: str | None = None
+    version: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +227,11 @@ class ClusterFile:
         )
         return self._next((*self._regrouped(self.servers, groups), joined)), joined
 
+    def with_versions(self, versions: Mapping[str, int]) -> ClusterFile:
+        """Return the same layout with other versions to start at, by name of the index."""
+        indexes = (replace(one, version=versions.get(one.name, one.version)) for one in self.indexes)
+        return replace(self, indexes=tuple(indexes))
+
     def without_server(self, server_id: int) -> ClusterFile:
         """Return the next layout, without a server. Its id is not given out again.
 
@@ -259,7 +269,13 @@ class ClusterFile:
             "tls": self.tls,
             "next_id": self.next_id,
             "indexes": [
-                {"name": one.name, "dataset": one.dataset, "index": one.index, "index_uri": one.index_uri}
+                {
+                    "name": one.name,
+                    "dataset": one.dataset,
+                    "index": one.index,
+                    "index_uri": one.index_uri,
+                    "version": one.version,
+                }
                 for one in self.indexes
             ],
             "servers": [
@@ -530,6 +546,7 @@ def _parse_index(value: object, place: Place) -> ServedIndex:
         dataset=fields.get("dataset", uri),
         index=fields.get("index", text),
         index_uri=fields.get("index_uri", optional(uri)),
+        version=fields.get("version", optional(positive)),
     )
 
 

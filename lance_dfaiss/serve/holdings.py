@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import BudgetExceeded, DfaissError, IndexNotFound, SnapshotGone
 from ..lance_io import Payload, PinnedDataset, newest_before, open_dataset
-from ..machine import resident_bytes
+from ..machine import resident_bytes, usable_memory_bytes
 from ..pointers import find_pointer
 from ..search.index import open_view
 from ..search.load import Generation, read_generation
@@ -41,6 +41,9 @@ KEPT_SNAPSHOTS = 3
 
 MAX_SNAPSHOTS = 8
 """The same where older ones are still asked for, because some server takes longer to move than others."""
+
+LOADING_SHARE = 8
+"""One part in so many of what is loaded is in RAM beside it for a while: buffers, and what the allocator keeps."""
 
 # Names of shards that an offer lists, for messages: a frame must stay small.
 _NAMED_SHARDS = 1_000
@@ -90,7 +93,7 @@ class HoldingOptions:
     filter_columns: tuple[str, ...] = ()
     columns: tuple[str, ...] | None = None
     limits: TailLimits = field(default_factory=TailLimits)
-    ram_limit_bytes: int = 2**62
+    ram_limit_bytes: int = field(default_factory=usable_memory_bytes)
     grace_seconds: float = 60.0
     storage_options: Mapping[str, str] | None = None
     allowed_index_uris: tuple[str, ...] = ()
@@ -343,8 +346,10 @@ class Holdings:
 
     def _at_moment(self, shelf: Shelf, moment: float | None) -> PinnedDataset | None:
         handle = self._handle(shelf)
-        chosen = handle.latest() if moment is None else newest_before(handle, moment)
         newest = shelf.newest
+        if newest is None and moment is None and shelf.served.version is not None:
+            return handle.at_version(shelf.served.version)
+        chosen = handle.latest() if moment is None else newest_before(handle, moment)
         if newest is None:
             # Nothing to serve yet: what was committed a moment ago is better than nothing.
             return handle.latest() if chosen is None or not self._has_index(shelf, chosen) else chosen
@@ -448,6 +453,7 @@ class Holdings:
         need = ram_need(generation, portion)
         used, limit = resident_bytes(), self._options.ram_limit_bytes
         more = min(need.total_bytes, read_bytes + min(need.largest_shard_bytes, read_bytes) + need.row_bytes)
+        more += more // LOADING_SHARE
         if used + more > limit:
             raise BudgetExceeded(
                 f"generation {generation.manifest.generation} needs {more:,} bytes more RAM in group {portion.group}"

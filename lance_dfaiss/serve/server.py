@@ -159,7 +159,8 @@ class Server:
         self._loader.shutdown(wait=True, cancel_futures=True)
         self._sifter.close()
         if self._page is not None:
-            self._page.close()
+            # A probe that is being answered waits for this loop.
+            await self._loop.run_in_executor(None, self._page.close)
         _log.info("server %d: stopped", self.config.server_id)
 
     def stop(self) -> None:
@@ -295,7 +296,10 @@ class Server:
             self._loop.call_soon_threadsafe(self.drain)
             return
         _log.info("server %d: cluster epoch %d", self.config.server_id, cluster.epoch)
+        dropped = set(self.holdings.shelves) - {served.name for served in cluster.indexes}
         self.holdings.lay_out(cluster)
+        for name in dropped:
+            self.metrics.forget(name)
 
     def _reload(self, index: str | None, version: int | None) -> dict[str, Any]:
         self._reread()
@@ -308,6 +312,8 @@ class Server:
         self.metrics.swap(index, swap.outcome, swap.seconds)
         if swap.outcome == "ok":
             self.metrics.stage("load", swap.seconds)
+        else:
+            self.metrics.load_failure(index)
 
     def _publish(self) -> None:
         holdings = self.holdings
@@ -318,6 +324,8 @@ class Server:
         """Bring the gauges up to date."""
         self.metrics.waiting(self.answering.lane.waiting)
         self.metrics.connections(len(self.answering.peers))
+        self.metrics.filter_restarts(self._sifter.restarts)
+        self.metrics.place(self.config.server_id, self.holdings.group, self.holdings.cluster.epoch)
         for name, shelf in self.holdings.shelves.items():
             facts = holding_of(shelf)
             if facts is not None:

@@ -25,7 +25,6 @@ import numpy as np
 
 from ..errors import DfaissError, FilterTooCostly, StorageError
 from ..lance_io import ColumnsInMemory, DatasetPlace, PinnedDataset, PlaceOpener
-from ..machine import give_memory_back
 from ..types import UInt64Array
 from . import wire
 
@@ -131,7 +130,6 @@ class _Child:
             request = self._requests.decode(self._stream.read(*LENGTH.unpack(prefix)))
             if isinstance(request, Close):
                 self._held.pop(request.number, None)
-                give_memory_back()
                 continue
             try:
                 reply, payload = self._answer(request)
