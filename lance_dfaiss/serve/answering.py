@@ -23,6 +23,7 @@ from ..errors import (
     Overloaded,
     ProtocolError,
     ServerFailed,
+    Unavailable,
     UnknownColumn,
 )
 from ..search.arguments import checked_radius
@@ -80,6 +81,11 @@ MAX_COLUMNS = 1_000
 
 MAX_FETCH_ROWS = 1_000_000
 """Rows in one request for columns: they are in RAM together."""
+
+MAX_EXPRESSIONS = 64
+MAX_EXPRESSION_CHARS = 1_024
+MAX_EXPRESSION_ROWS = 10_000
+"""Of columns that are computed: a value is about as long as its expression, so all of it is some hundred megabytes."""
 
 MAX_HELD_BYTES = 1024**3
 """Payloads of all requests that wait: many small ones are bounded by their number, a few large ones by this."""
@@ -195,6 +201,8 @@ class Answering:
         self.limits = workload.limits
         self.offers = Offers(epoch=holdings.cluster.epoch, offers=())
         self.peers: set[Peer] = set()
+        self.closed = False
+        """Nothing new is taken; what was asked before is answered."""
         self._holdings = holdings
         self._access = access
         self._metrics = metrics
@@ -276,6 +284,8 @@ class Answering:
         if frame.request_id in peer.pending and frame.kind != Cancel.KIND:
             raise ProtocolError(f"request id {frame.request_id} is still in use")
         try:
+            if self.closed and frame.kind != Cancel.KIND:
+                raise Unavailable(f"server {self.server_id} stops, and takes nothing new", remedy="Ask another one")
             handler(peer, frame)
         except ProtocolError:
             raise
@@ -345,7 +355,7 @@ class Answering:
         if not 0 <= message.n <= MAX_FETCH_ROWS:
             raise _over_limit("row_ids", message.n, MAX_FETCH_ROWS)
         row_ids = row_ids_of(frame.payload, message.n)
-        columns = self._readable(held, message.columns)
+        columns = self._readable(held, message.columns, message.n)
 
         def read() -> tuple[Message, list[Buffer]]:
             table = held.view.fetch(row_ids, columns)
@@ -357,7 +367,7 @@ class Answering:
         message: Reconstruct = decode(frame, Reconstruct)
         ticket = self._open(peer, frame, "reconstruct", message.timeout, message.n)
         held = self._holdings.find(message.index, message.at)
-        self._check_answer(message.n * held.view.model.spec.dim * 4)
+        self._check_answer(message.n * held.view.model.spec.dim * 4, "row_ids")
         row_ids = row_ids_of(frame.payload, message.n)
 
         def read() -> tuple[Message, list[Buffer]]:
@@ -403,14 +413,14 @@ class Answering:
         for parameter, value, most in (("k", k, limits.k), ("queries", queries, limits.queries)):
             if not 1 <= value <= most:
                 raise _over_limit(parameter, value, most)
-        self._check_answer(queries * k * RESULT_BYTES)
+        self._check_answer(queries * k * RESULT_BYTES, "k")
 
-    def _check_answer(self, length_bytes: int) -> None:
+    def _check_answer(self, length_bytes: int, parameter: str) -> None:
         if length_bytes > self.limits.frame_bytes:
             raise InvalidArgument(
                 f"the answer would have {length_bytes:,} bytes, this server sends at most {self.limits.frame_bytes:,}",
-                remedy="Ask for fewer at once",
-                parameter="k",
+                remedy="Ask for less at once",
+                parameter=parameter,
                 value=length_bytes,
             )
 
@@ -418,7 +428,7 @@ class Answering:
         """Check that columns asked for with a search are in RAM."""
         missing = [name for name in columns if name not in held.offer.payload]
         if missing:
-            self._readable(held, columns)
+            self._readable(held, columns, 0)
             raise InvalidArgument(
                 f"column {missing[0]!r} is not held in RAM by this server",
                 remedy="Fetch it by row id",
@@ -428,7 +438,7 @@ class Answering:
         return columns
 
     def _readable(
-        self, held: Held, columns: tuple[str, ...] | dict[str, str] | None
+        self, held: Held, columns: tuple[str, ...] | dict[str, str] | None, rows: int
     ) -> list[str] | dict[str, str] | None:
         """Check that columns may be seen, and return them as Lance takes them."""
         allowed = self._holdings.allowed_columns
@@ -441,8 +451,7 @@ class Answering:
                 value=len(columns),
             )
         if isinstance(columns, dict):
-            for expression in columns.values():
-                check_filter(expression, columns=allowed)
+            self._check_expressions(columns, rows)
             return columns
         for name in columns:
             root = name.split(".")[0]
@@ -460,6 +469,28 @@ class Answering:
                 available=held.offer.columns,
             )
         return list(columns)
+
+    def _check_expressions(self, columns: dict[str, str], rows: int) -> None:
+        """Check columns that are computed: in this process, so there must not be much of it.
+
+        Raises
+        ------
+        InvalidArgument
+            If there are too many, they are too long, or of too many rows.
+        FilterRefused, AccessDenied
+            As `sql.check_filter` does.
+        """
+        plain = all(columns[name] in (name, f"`{name}`") for name in columns)
+        longest = max(map(len, columns.values()), default=0)
+        for parameter, value, most in (
+            ("columns", len(columns), MAX_EXPRESSIONS),
+            ("columns", longest, MAX_EXPRESSION_CHARS),
+            ("row_ids", rows, MAX_FETCH_ROWS if plain else MAX_EXPRESSION_ROWS),
+        ):
+            if value > most:
+                raise _over_limit(parameter, value, most)
+        for expression in columns.values():
+            check_filter(expression, columns=self._holdings.allowed_columns)
 
     def _select(
         self,
@@ -494,9 +525,9 @@ class Answering:
 
     def _submit(self, ticket: Ticket, waiting: Waiting[Any]) -> None:
         results: _Results = ticket.work
-        results.waiting = waiting
         results.left = len(waiting.queries)
         self.lane.submit(waiting)
+        results.waiting = waiting  # only now: what was never in the queue must not be taken out of it
 
     def _read(
         self, pool: Executor, ticket: Ticket, stage: Stage, read: Callable[[], tuple[Message, list[Buffer]]]
@@ -582,7 +613,10 @@ class Answering:
             if isinstance(outcome, Exception):
                 self._fail(ticket, outcome)
             elif self._add(ticket, *outcome):
-                self._answer(ticket)
+                try:
+                    self._answer(ticket)
+                except Exception as exc:  # an edge: the others of the batch have their answers all the same
+                    self._fail(ticket, exc)
 
     def _add(self, ticket: Ticket, part: Slice, started: float, distances: Float32Array, row_ids: UInt64Array) -> bool:
         """Add the results of some queries; tell whether they were the last."""
@@ -613,6 +647,7 @@ class Answering:
         n, width = results.distances.shape
         reply: Message
         if ticket.kind == "range":
+            self._check_answer(width * RESULT_BYTES, "radius")
             reply = RangeReply(n=width)
         else:
             key: _Search = cast("Waiting[_Search]", results.waiting).key
@@ -641,10 +676,10 @@ class Answering:
     def _finish(self, ticket: Ticket, message: Message, payload: Sequence[Buffer] = ()) -> None:
         if ticket.gone:
             return
+        ticket.peer.send(message, ticket.request_id, payload)  # first: it may be too long, and then fails
         del ticket.peer.pending[ticket.request_id]
         ticket.gone = True
         self._held_bytes -= ticket.length_bytes
-        ticket.peer.send(message, ticket.request_id, payload)
         self._metrics.answered(ticket.kind, "ok", ticket.queries, time.monotonic() - ticket.started)
         _log.debug("%s of %s answered: %d queries", ticket.kind, ticket.peer.name, ticket.queries)
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..errors import BudgetExceeded, DfaissError, IndexNotFound, SnapshotGone
+from ..errors import BudgetExceeded, DfaissError, IndexNotFound, ServerFailed, SnapshotGone
 from ..lance_io import Payload, PinnedDataset, newest_before, open_dataset
 from ..machine import resident_bytes, usable_memory_bytes
 from ..pointers import find_pointer
@@ -326,14 +326,14 @@ class Holdings:
             if pinned is not None:
                 self._put(name, due_at=pinned.committed_at.timestamp())
             opened = None if pinned is None else self._open(shelf, pinned)
-        except DfaissError as exc:
-            seconds = time.monotonic() - started
-            if str(exc) != shelf.problem:
-                _log.warning("index %r: cannot be moved: %s", name, exc)
-            swap = Swap(at=now, seconds=seconds, outcome=type(exc).__name__, detail=str(exc))
-            self._put(name, swap=swap, problem=str(exc), loading=None)
+        except Exception as exc:  # an edge: whatever it is, what is held goes on being served, and followed
+            error = self._known(name, exc)
+            if str(error) != shelf.problem:
+                _log.warning("index %r: cannot be moved: %s", name, error)
+            swap = Swap(at=now, seconds=time.monotonic() - started, outcome=type(error).__name__, detail=str(error))
+            self._put(name, swap=swap, problem=str(error), loading=None)
             self._swapped(name, swap)
-            return exc
+            return error
         if opened is None:
             if shelf.problem is not None or shelf.loading is not None:
                 self._put(name, problem=None, loading=None)
@@ -343,6 +343,17 @@ class Holdings:
         self._offer(name, held, swap)
         self._swapped(name, swap)
         return None
+
+    def _known(self, name: str, exc: Exception) -> DfaissError:
+        """Return an error that clients can be told."""
+        if isinstance(exc, DfaissError):
+            return exc
+        _log.error("index %r: loading failed", name, exc_info=exc)
+        return ServerFailed(
+            f"server {self._server_id} failed to load index {name!r}: {type(exc).__name__}",
+            remedy="Its log has the traceback",
+            server=self._server_id,
+        )
 
     def _at_moment(self, shelf: Shelf, moment: float | None) -> PinnedDataset | None:
         handle = self._handle(shelf)
@@ -378,12 +389,13 @@ class Holdings:
         return PinnedDataset(open_dataset(shelf.served.dataset, storage_options=self._options.storage_options))
 
     def _open(self, shelf: Shelf, pinned: PinnedDataset) -> tuple[Held, int] | None:
-        """Load what is new of a snapshot; None if it is held already."""
+        """Load what is new of a snapshot; None if it is the newest already."""
         newest = shelf.newest
         generation = self._generation(shelf, pinned)
         at = _name_of(self.cluster.epoch, pinned, generation)
         if at in shelf.snapshots:
-            return None
+            back = shelf.snapshots[at]
+            return None if back is newest else (back, 0)
         self._put(shelf.served.name, loading=f"version {pinned.version}, generation {generation.manifest.generation}")
         portion = self._portion(generation)
         before = None if newest is None else newest.view
@@ -490,11 +502,10 @@ class Holdings:
         now = time.monotonic()
         if shelf.newest is not None:
             shelf.newest.newest_at = now
-        snapshots = {held.offer.at: held}
-        replaced = shelf.newest is not None and shelf.newest.offer.version > held.offer.version
-        # A dataset that was written anew starts counting anew: clients must not take the old one for the newer.
-        if not replaced:
-            snapshots.update(shelf.snapshots)
+        # Clients turn to the newest by its order. After a step back, to an older version or a dataset that was written
+        # anew and counts anew, that must not be one from before it.
+        older = {at: each for at, each in shelf.snapshots.items() if each.offer.order < held.offer.order}
+        snapshots = {**older, held.offer.at: held}
         kept = _kept(list(snapshots.values()), now - self._options.grace_seconds)
         self._put(
             name,

@@ -205,6 +205,10 @@ class Peer(asyncio.Protocol):
         self._flush()
         self._transport.close()
 
+    def abort(self) -> None:
+        """Hang up, whatever is left to send."""
+        self._transport.abort()
+
     def _flush(self) -> None:
         unsent, self._unsent = self._unsent, []
         if unsent and not self._transport.is_closing():

@@ -40,6 +40,9 @@ GRID_MARGIN_SECONDS = 0.2
 WATCH_SECONDS = 5.0
 """How often the cluster file is read again where versions are not followed more often than that."""
 
+FAREWELL_SECONDS = 5.0
+"""How long clients may take to read their last answers."""
+
 SWITCH_SECONDS = 0.0005
 """How long a thread may keep the interpreter while another waits for it: the lane hands over a hundred times a
 second, and Python's 5 ms would be most of a query's time."""
@@ -153,8 +156,7 @@ class Server:
         with contextlib.suppress(asyncio.CancelledError):
             await self._following
         self._listener.close()
-        for peer in list(self.answering.peers):
-            peer.close()
+        await self._hang_up()
         await self._loop.run_in_executor(self._loader, self.answering.stop)
         self._loader.shutdown(wait=True, cancel_futures=True)
         self._sifter.close()
@@ -163,12 +165,22 @@ class Server:
             await self._loop.run_in_executor(None, self._page.close)
         _log.info("server %d: stopped", self.config.server_id)
 
+    async def _hang_up(self) -> None:
+        """Send what is left to send, but not to those who do not read it."""
+        for peer in list(self.answering.peers):
+            peer.close()
+        end = self._loop.time() + FAREWELL_SECONDS
+        while self.answering.peers and self._loop.time() < end:
+            await asyncio.sleep(0.005)
+        for peer in list(self.answering.peers):
+            peer.abort()
+
     def stop(self) -> None:
         """Stop at once; safe to call from a signal handler of the loop."""
         self._stopped.set()
 
     def drain(self) -> None:
-        """Tell clients to turn away, answer what they still ask for, and stop."""
+        """Tell clients to turn away, answer what they still ask for in the next moment, and stop."""
         if self.draining:
             return
         self.draining = True
@@ -264,7 +276,10 @@ class Server:
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(self._until_next_look())
-            await self._run(self._look)
+            try:
+                await self._run(self._look)
+            except Exception:  # an edge: whatever it is, it may be over at the next look
+                _log.exception("server %d: could not look for what is new", self.config.server_id)
 
     def _until_next_look(self) -> float:
         refresh = self.holdings.cluster.refresh_seconds
@@ -332,8 +347,9 @@ class Server:
                 self.metrics.holding(name, facts)
 
     async def _drained(self) -> None:
-        """Wait until clients have turned away and everything is answered."""
+        """Wait until clients have turned away, take nothing new, and wait until everything is answered."""
         await asyncio.sleep(self.config.drain_seconds)
+        self.answering.closed = True  # or those who go on asking would keep it from ending
         while any(peer.pending for peer in self.answering.peers):
             await asyncio.sleep(0.01)
         self.stop()

@@ -289,8 +289,8 @@ class Sifter:
     Parameters
     ----------
     memory_limit_bytes : int
-        What evaluating one filter may allocate, beside what a process holds anyway: a quarter of a gigabyte and more.
-        Scanning takes about 300 bytes times the bytes of a row, over 100 MB of it are stacks and buffers.
+        What evaluating one filter may allocate, beside what a process holds anyway. Stacks and buffers take 100 MB of
+        it; scanning texts of 1 KB takes 370 MB.
     timeout_seconds : float
         Longest time that evaluating one filter may take, from when it is begun.
     """
@@ -466,7 +466,7 @@ class Sifter:
             try:
                 if not self._changed.wait_for(lambda: self._idle, seconds):
                     raise Overloaded(
-                        f"{self._waiting} filters wait for {_PROCESSES} slow ones",
+                        f"both processes that evaluate filters are busy with slow ones; {self._waiting} wait",
                         remedy="Try again later",
                         waiting=self._waiting,
                         retry_after_seconds=seconds,
