@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +31,7 @@ from lance_dfaiss.serve.cluster import ServedIndex
 from lance_dfaiss.serve.placement import place_fragment, place_shards
 
 from .curves import widths
-from .data import COLUMN, Corpus, append, synthetic, words
+from .data import COLUMN, RANK, Corpus, append, ranked, synthetic, words
 from .loadgen import LoadGenerator
 from .native import NATIVE_KINDS, NativeIndex
 from .report import Outcome, Row, compared
@@ -60,12 +62,13 @@ class _Case:
 def run(settings: Settings) -> Outcome:
     """Measure served search on both sets."""
     outcome = Outcome()
-    for corpus in (words(settings), synthetic(settings)):
+    for corpus in (ranked(words(settings), "served"), ranked(synthetic(settings), "served")):
         case = _prepared(settings, corpus)
         for servers in (1, 2, 4):
             outcome.take(_against_in_process(settings, case, servers))
         outcome.take(_ways(settings, case))
         outcome.take(_against_native(settings, case))
+        outcome.take(_against_lance_ray(settings, case))
         outcome.take(_shards(settings, case))
         corpus.reset()
     return outcome
@@ -132,9 +135,9 @@ def _prepared(settings: Settings, corpus: Corpus) -> _Case:
 
 @contextlib.contextmanager
 def _cluster(
-    settings: Settings, corpus: Corpus, servers: int, options: ServeOptions | None = None
+    settings: Settings, corpus: Corpus, servers: int, options: ServeOptions | None = None, name: str = "one"
 ) -> Iterator[LocalCluster]:
-    location = settings.into / "serving-cluster.json"
+    location = settings.into / f"serving-{name.replace(' ', '-')}.json"
     location.unlink(missing_ok=True)
     served = ServedIndex(name=NAME, dataset=str(corpus.path), index=NAME)
     with LocalCluster(
@@ -252,21 +255,24 @@ def _ways(settings: Settings, case: _Case) -> Outcome:
     outcome, corpus = Outcome(), case.corpus
     seconds = max(settings.turn_seconds * 5, 0.05)
     secret, pem = _certificate(settings)
-    options = ServeOptions(payload=("id",))
-    secure = ServeOptions(payload=("id",), tls_cert=str(pem), tls_key=str(secret))
+    ways = {
+        "plain": (ServeOptions(), {}),
+        "columns in RAM": (ServeOptions(payload=(RANK,)), {}),
+        "TLS": (ServeOptions(tls_cert=str(pem), tls_key=str(secret)), {"tls": str(pem)}),
+    }
     with contextlib.ExitStack() as stack:
-        plain = stack.enter_context(_cluster(settings, corpus, 1, options))
-        loads = {
-            "plain": stack.enter_context(LoadGenerator(plain.cluster_file, case.queries)),
-            "float16": stack.enter_context(LoadGenerator(plain.cluster_file, case.queries, {"float16": True})),
-        }
-        kept = settings.into / "serving-cluster-plain.json"
-        kept.write_text(Path(plain.cluster_file).read_text())
-        guarded = stack.enter_context(_cluster(settings, corpus, 1, secure))
-        loads["TLS"] = stack.enter_context(LoadGenerator(guarded.cluster_file, case.queries, {"tls": str(pem)}))
+        loads = {}
+        for name, (options, connect) in ways.items():
+            cluster = stack.enter_context(_cluster(settings, corpus, 1, options, name=name))
+            loads[name] = stack.enter_context(LoadGenerator(cluster.cluster_file, case.queries, connect))
+            if name == "plain":
+                loads["float16"] = stack.enter_context(
+                    LoadGenerator(cluster.cluster_file, case.queries, {"float16": True})
+                )
         works = {name: partial(load.turn, search=case.search) for name, load in loads.items()}
-        works["columns in RAM"] = partial(loads["plain"].turn, search={**case.search, "columns": ["id"]})
-        works["columns fetched"] = partial(loads["plain"].turn, search={**case.search, "columns": ["id", "rank"]})
+        for name in ("columns in RAM", "columns fetched"):
+            load = loads.get(name, loads["plain"])
+            works[name] = partial(load.turn, search={**case.search, "columns": [RANK]})
         for in_flight in (1, 32):
             found: dict[str, list[dict[str, float]]] = {name: [] for name in works}
             for _ in range(settings.repeats):
@@ -328,6 +334,42 @@ def _against_native(settings: Settings, case: _Case) -> Outcome:
             unit="QPS",
             peer_name=f"{best[0]}, in process",
             at_least=_AIM_NATIVE,
+        )
+    )
+    return outcome
+
+
+def _against_lance_ray(settings: Settings, case: _Case) -> Outcome:
+    """Compare with lance-ray's search on one machine, where `LANCE_DFAISS_LANCE_RAY` names a Python that has it."""
+    corpus, outcome = case.corpus, Outcome()
+    python = os.environ.get("LANCE_DFAISS_LANCE_RAY")
+    if python is None:
+        outcome.notes.append("lance-ray was not measured: LANCE_DFAISS_LANCE_RAY names no Python that has it.")
+        return outcome
+    kind = NATIVE_KINDS[0]
+    partitions = settings.partitions(len(corpus.vectors))
+    native = NativeIndex(corpus, kind, partitions)
+    few = settings.into / "serving-few.npy"
+    np.save(few, corpus.queries[:6])
+    command = [python, str(Path(__file__).with_name("lance_ray_child.py").absolute())]
+    done = subprocess.run(
+        [*command, str(corpus.path.absolute()), str(few.absolute()), str(case.search["nprobe"])],
+        cwd=settings.into,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    theirs = median(json.loads(done.stdout.splitlines()[-1])["seconds"])
+    native.drop()
+    with _cluster(settings, corpus, 1) as cluster, LoadGenerator(cluster.cluster_file, case.queries) as load:
+        ours = median([load.turn(1, 0.3, case.search)["p50"] for _ in range(settings.repeats)])
+    outcome.rows.append(
+        compared(
+            f"{corpus}: one query at a time, p50",
+            ours * 1e3,
+            theirs * 1e3,
+            unit="ms",
+            peer_name=f"lance_ray.vector_search over {kind.index_type}, 2 workers",
         )
     )
     return outcome

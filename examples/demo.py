@@ -1,13 +1,17 @@
-"""Index 12,000 real vectors, search them, and say how good and how fast that was.
+"""Index 12,000 real vectors, search them, serve them, and say how good and how fast that was.
 
 Run it with ``make demo``, or ``python examples/demo.py --into FOLDER``. It writes one Lance dataset
-of six fragments, builds one index over it, and needs nothing but this package.
+of six fragments, builds one index over it, searches it in this process, then serves it from four
+others and kills one of them. It needs nothing but this package.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import lance_dfaiss
+from lance_dfaiss.launch import LocalCluster
+from lance_dfaiss.serve.cluster import ServedIndex
 
 DATA = Path(__file__).parent / "data"
 ROWS_PER_FRAGMENT = 2_000
@@ -26,6 +32,10 @@ WORDS = ("volcano", "violin", "whale")
 K = 10
 SINGLE_QUERIES = 100
 BATCH_REPEATS = 5
+SHARDS = SERVERS = 4
+REPLICAS = 2
+CLIENT_THREADS = 8
+SERVED_QUERIES = 2_000
 
 
 def main() -> None:
@@ -41,7 +51,9 @@ def main() -> None:
     print(f"         {len(dataset.get_fragments())} fragments in {dataset.uri}")
 
     started = time.perf_counter()
-    dataset = lance_dfaiss.create_index(dataset, "vector", "AUTO", name="vector_idx", metric="cosine", replace=True)
+    dataset = lance_dfaiss.create_index(
+        dataset, "vector", "AUTO", name="vector_idx", metric="cosine", num_shards=SHARDS, replace=True
+    )
     print(f"Index:   'vector_idx' built in {time.perf_counter() - started:.1f} s")
     started = time.perf_counter()
     index = lance_dfaiss.open_index(dataset, "vector_idx")
@@ -55,6 +67,8 @@ def main() -> None:
     print(f"recall@{K} against exact search: {recall(dataset, index, vectors, queries):.3f}")
     print(f"one batch:     {queries_per_second_batch(index, queries):>9,.0f} queries per second")
     print(f"one at a time: {queries_per_second_single(index, queries):>9,.0f} queries per second")
+
+    serve(ServedIndex(name="words", dataset=dataset.uri, index="vector_idx"), folder / "cluster.json", index, queries)
 
 
 def write_dataset(path: Path) -> Any:
@@ -107,6 +121,53 @@ def queries_per_second_batch(index: Any, queries: np.ndarray[Any, np.dtype[np.fl
 def queries_per_second_single(index: Any, queries: np.ndarray[Any, np.dtype[np.float32]]) -> float:
     """Return the speed of searches with one query each."""
     return SINGLE_QUERIES / seconds(lambda: [index.knn(query[None], k=K) for query in queries[:SINGLE_QUERIES]])
+
+
+def serve(served: ServedIndex, cluster_file: Path, index: Any, queries: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+    """Serve the index from several processes, ask them, and kill one while they are asked."""
+    started = time.perf_counter()
+    with LocalCluster([served], servers=SERVERS, replicas=REPLICAS, cluster_file=cluster_file) as cluster:
+        groups = cluster.cluster.groups
+        print(f"\nServed from {SERVERS} processes, {groups} groups with {REPLICAS} replicas each", end="")
+        print(f", ready in {time.perf_counter() - started:.1f} s")
+        with lance_dfaiss.connect(cluster_file) as client:
+            _, local = index.knn(queries, k=K)
+            _, remote = client.knn(queries, k=K)
+            same = sum(len(np.intersect1d(*pair)) for pair in zip(local, remote, strict=True)) / local.size
+            print(f"answers equal to those of this process: {same:.1%}")
+            victim = cluster.pids[1]
+            failed, took = ask_and_kill(client, queries, victim)
+            print(f"{SERVED_QUERIES:,} queries from {CLIENT_THREADS} threads: {SERVED_QUERIES / took:,.0f} a second")
+            print(f"server 1 was killed (kill -9 {victim}) half-way: {failed} queries failed")
+        cluster.wait_ready(60)
+        print(f"server 1 is back as process {cluster.pids[1]}, at the same address")
+
+
+def ask_and_kill(client: Any, queries: np.ndarray[Any, np.dtype[np.float32]], victim: int) -> tuple[int, float]:
+    """Ask from several threads, kill a process half-way, and return how many queries failed and how long it took."""
+    numbers = iter(range(SERVED_QUERIES))
+    lock, failures = threading.Lock(), []
+
+    def ask() -> None:
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            if number == SERVED_QUERIES // 2:
+                os.kill(victim, signal.SIGKILL)
+            try:
+                client.knn(queries[number % len(queries)], k=K)
+            except lance_dfaiss.DfaissError as exc:
+                failures.append(exc)
+
+    threads = [threading.Thread(target=ask) for _ in range(CLIENT_THREADS)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return len(failures), time.perf_counter() - started
 
 
 def seconds(work: Callable[[], Any]) -> float:

@@ -14,7 +14,7 @@ from .cluster import RELOAD_SECONDS, move_report
 from .edge import usage_error
 from .options import DatasetArgument, JsonFlag, OptionalNameArgument, Reach, TrustedAccess
 from .output import Line, Report, output
-from .reach import ClusterReach
+from .reach import ServerReach
 
 if TYPE_CHECKING:
     from ..launch.control import Move
@@ -23,7 +23,7 @@ __all__ = ["adopt", "rollback"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServedBy(ClusterReach):
+class ServedBy(ServerReach):
     """Who serves the index, so that they take part in the change."""
 
     cluster_file: Annotated[
@@ -37,7 +37,7 @@ class ServedBy(ClusterReach):
 
     def check(self) -> None:
         """Raise a usage error for options that have no effect without a cluster."""
-        ClusterReach.check(self)
+        ServerReach.check(self)
         options = ("token_file", "tls_ca", "tls_cert", "timeout")
         said = [f"--{name.replace('_', '-')}" for name in options if getattr(self, name) is not None]
         if said and self.cluster_file is None:
@@ -86,21 +86,24 @@ def _mover(
     served: ServedBy, dataset: str, name: str | None, handle: Any, access: TrustedAccess
 ) -> Callable[[int], list[Move]]:
     """Return what has all servers of an index move to a version."""
-    from ..launch.control import move_servers
     from ..lance_io import PinnedDataset
+    from ..launch.control import move_servers
     from ..pointers import find_pointer
+    from ..serve.cluster import read_cluster
 
-    assert served.cluster_file is not None
-    cluster = served.cluster(served.cluster_file)
+    location, storage_options = served.cluster_file or "", access.storage_options()
+    cluster = read_cluster(location, storage_options)
     caller = served.caller(cluster, seconds=RELOAD_SECONDS)
     index = find_pointer(PinnedDataset(handle), name, access.index_uri).name
     for each in cluster.indexes:
         if each.index == index and _place(each.dataset) == _place(dataset):
             called = each.name
-            return lambda version: move_servers(cluster, caller, index=called, version=version)
+            return lambda version: move_servers(
+                location, caller, index=called, version=version, storage_options=storage_options
+            )
     known = ", ".join(f"{each.index!r} of {each.dataset}" for each in cluster.indexes)
     raise IndexNotFound(
-        f"the cluster of {served.cluster_file} does not serve index {index!r} of {dataset}",
+        f"the cluster of {location} does not serve index {index!r} of {dataset}",
         remedy=f"It serves {known}; nothing was changed",
         name=index,
         available=tuple(each.name for each in cluster.indexes),

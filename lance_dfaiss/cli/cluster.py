@@ -59,7 +59,13 @@ def reload(
     cluster = reach.cluster(cluster_file)
     from ..launch.control import move_servers
 
-    moves = move_servers(cluster, reach.caller(cluster, seconds=RELOAD_SECONDS), index=index, version=version)
+    moves = move_servers(
+        cluster_file,
+        reach.caller(cluster, seconds=RELOAD_SECONDS),
+        index=index,
+        version=version,
+        storage_options=reach.storage_options(),
+    )
     output(as_json=as_json).show(move_report(moves))
     if any(move.error is not None for move in moves):
         raise typer.Exit(1)
@@ -88,8 +94,9 @@ def move_report(moves: Sequence[Move], document: Mapping[str, Any] | None = None
         for move in moves
     ]
     rows = [[move.server, move.index, move.version, "failed" if move.error else "serves it"] for move in moves]
-    failed = [Line(f"server {move.server}: {move.error}") for move in moves if move.error is not None]
-    blocks: list[Block] = [*said, Table(["server", "index", "version", ""], rows), *failed]
+    # A token that is no admin's fails once for each index.
+    failed = dict.fromkeys(f"server {move.server}: {move.error}" for move in moves if move.error is not None)
+    blocks: list[Block] = [*said, Table(["server", "index", "version", ""], rows), *map(Line, failed)]
     return Report({**(document or {}), "servers": servers}, blocks)
 
 

@@ -49,6 +49,9 @@ _WORDS = (
         lambda m: f"--{m[1].replace('_', '-')}",
     ),
     (re.compile(r"\bstorage_options\b"), "--storage-option"),
+    (re.compile(r"\btoken=(?:\.{3})?"), "--token-file"),
+    (re.compile(r"\btls="), "--tls-ca"),
+    (re.compile(r"\b(allow_partial|index)="), lambda m: f"--{m[1].replace('_', '-')}"),
 )
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..launch.control import Caller
     from ..serve.cluster import ClusterFile
 
-__all__ = ["ClusterArgument", "ClusterReach"]
+__all__ = ["ClusterArgument", "ClusterReach", "ServerReach"]
 
 _PANEL = "How servers are reached"
 
@@ -26,7 +26,7 @@ ClusterArgument: TypeAlias = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterReach(Reach):
+class ServerReach:
     """What servers are shown, and how they are known to be the right ones."""
 
     token_file: Annotated[
@@ -84,12 +84,6 @@ class ClusterReach(Reach):
             return None
         return client_tls(self.tls_ca, self.tls_cert, self.tls_key)
 
-    def cluster(self, location: str) -> ClusterFile:
-        """Read the cluster file."""
-        from ..serve.cluster import read_cluster
-
-        return read_cluster(location, self.storage_options())
-
     def caller(self, cluster: ClusterFile, *, seconds: float) -> Caller:
         """Return who asks each server.
 
@@ -103,6 +97,17 @@ class ClusterReach(Reach):
         from ..launch.control import Caller
 
         return Caller(token=self.token() or "", tls=self.tls(cluster), seconds=self.timeout or seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterReach(ServerReach, Reach):
+    """The same, for commands that need nothing else."""
+
+    def cluster(self, location: str) -> ClusterFile:
+        """Read the cluster file."""
+        from ..serve.cluster import read_cluster
+
+        return read_cluster(location, self.storage_options())
 
     def of_client(self, cluster: ClusterFile) -> dict[str, Any]:
         """Return keyword arguments for `connect`."""

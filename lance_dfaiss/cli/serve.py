@@ -180,7 +180,7 @@ def serve(
     if layout.server_id is not None:
         _serve_one(layout, options, _server_number(layout.server_id))
     assert dataset is not None
-    indexes = _served(dataset, what, access)
+    indexes = _served(dataset, what, access, follow=layout.refresh != 0)
     if layout.address:
         cluster = _write_only(indexes, layout, options)
         said = f"{layout.cluster_file}: {counted(len(cluster.servers), 'server')}, layout {cluster.epoch}"
@@ -222,6 +222,8 @@ def _check_modes(dataset: str | None, what: WhatFlags, layout: ClusterFlags, acc
         said = [name for name, value in given.items() if value]
         if said:
             raise usage_error(f"--address says where servers are: leave out {', '.join(said)}")
+    elif (layout.replicas or 1) > (layout.servers or 1):
+        raise usage_error(f"--replicas {layout.replicas} needs as many --servers")
     if layout.no_http and layout.http_port is not None:
         raise usage_error("--no-http and --http-port cannot be given together")
 
@@ -259,7 +261,7 @@ def _serve_options(what: WhatFlags, limits: LimitFlags, safety: SafetyFlags, acc
     )
 
 
-def _served(dataset: str, what: WhatFlags, access: TrustedAccess) -> list[ServedIndex]:
+def _served(dataset: str, what: WhatFlags, access: TrustedAccess, *, follow: bool) -> list[ServedIndex]:
     """Return what is to be served, after a look at each pointer: a wrong name is told before anything starts."""
     names: list[str | None] = [*what.index] or [None]
     asked: list[tuple[str | None, str, str | None]] = [(None, dataset, name) for name in names]
@@ -282,6 +284,8 @@ def _served(dataset: str, what: WhatFlags, access: TrustedAccess) -> list[Served
             dataset=place if "://" in place else os.path.abspath(place),
             index=index,
             index_uri=access.index_uri,
+            # Else servers that start at different times would start at different versions.
+            version=None if follow else pinned.version,
         )
         if served.name in found:
             raise usage_error(f"two indexes would be called {served.name!r}: say --also ANOTHER_NAME={place}:{index}")

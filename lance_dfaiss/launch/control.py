@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 from .._version import __version__
 from ..errors import AccessDenied, DfaissError, IndexNotFound
-from ..serve.cluster import ClusterFile, ServerEntry
+from ..serve.cluster import ClusterFile, ServerEntry, read_cluster, write_cluster
 from ..serve.connection import Connection, connection_error
 from ..serve.status import ServerStatus
 from ..serve.wire import PROTOCOL, Done, Frame, Hello, Message, Offers, Reload, Status, StatusReply, Welcome, decode
@@ -78,27 +78,40 @@ def status_of(cluster: ClusterFile, caller: Caller) -> dict[int, ServerStatus | 
     return _run(lambda: _status_of(cluster.servers, caller))
 
 
-def move_servers(cluster: ClusterFile, caller: Caller, *, index: str | None, version: int | None) -> list[Move]:
+def move_servers(
+    location: str,
+    caller: Caller,
+    *,
+    index: str | None,
+    version: int | None,
+    storage_options: Mapping[str, str] | None = None,
+) -> list[Move]:
     """Have all servers read the cluster file and move to a dataset version: all to the same one.
 
-    Without a version, one server looks for the newest, and the others are told which that is.
+    Without a version, one server looks for the newest, and the others are told which that is. Where servers do not
+    follow versions by themselves, the file then says which one to start at.
 
     Parameters
     ----------
-    cluster : ClusterFile
-        Its servers.
+    location : str
+        Of the cluster file.
     caller : Caller
         Who asks; needs the rights of an admin.
     index : str or None
         Name under which an index is served; None for all.
     version : int or None
         Dataset version; None for the newest.
+    storage_options : mapping, optional
+        For the cluster file.
 
     Raises
     ------
     IndexNotFound
         If no such index is served.
+    ClusterFileInvalid
+        If there is no cluster file, or somebody changed it meanwhile.
     """
+    cluster = read_cluster(location, storage_options)
     names = tuple(served.name for served in cluster.indexes)
     if index is not None and index not in names:
         raise IndexNotFound(
@@ -109,7 +122,13 @@ def move_servers(cluster: ClusterFile, caller: Caller, *, index: str | None, ver
         wanted = names if index is None else (index,)
         return [move for name in wanted for move in await _move_index(cluster.servers, caller, name, version)]
 
-    return _run(move)
+    moves = _run(move)
+    failed = {each.index for each in moves if each.version is None}
+    versions = {each.index: each.version for each in moves if each.version is not None and each.index not in failed}
+    if versions and not cluster.refresh_seconds:
+        moved = cluster.with_versions(versions)
+        write_cluster(location, moved, expected_epoch=cluster.epoch, storage_options=storage_options)
+    return moves
 
 
 async def _move_index(servers: Sequence[ServerEntry], caller: Caller, index: str, version: int | None) -> list[Move]:

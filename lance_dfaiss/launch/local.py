@@ -36,6 +36,7 @@ _LOOK_SECONDS = 0.05
 
 _CONNECT_SECONDS = 0.5
 _LAST_WORDS_SECONDS = 0.2
+_ALL_ADDRESSES = ("", "0.0.0.0", "::")
 _KEPT_LINES = 20
 _SHOWN_LINES = 5
 
@@ -68,11 +69,11 @@ class _Member:
             # Popen looks first whether the process is still there: the number may be another's by now.
             self.process.send_signal(number)
 
-    def listen_again(self) -> None:
-        """Take the address back that was given up."""
-        self.sock = listen(self.entry.host, self.entry.port)
+    def listen_again(self, host: str) -> None:
+        """Take the ports back that were given up."""
+        self.sock = listen(host, self.entry.port)
         if self.entry.http_port is not None:
-            self.http = listen(self.entry.host, self.entry.http_port)
+            self.http = listen(host, self.entry.http_port)
 
     def hang_up(self) -> None:
         """Close the sockets: who connects is refused, once no process has them either."""
@@ -102,7 +103,8 @@ class LocalCluster:
     options : ServeOptions
         How to serve.
     host : str
-        Where to listen. Others than this machine can connect only with TLS, see `ServeOptions`.
+        Where to listen; the cluster file names it to clients, or this machine's name where it stands for all
+        addresses. Others than this machine can connect only with TLS, see `ServeOptions`.
     port, http_port : int or None
         Of the first server; the next ones have the next numbers. None for any that are free.
     http : bool
@@ -153,6 +155,7 @@ class LocalCluster:
         self._replicas = replicas
         self._options = (options or ServeOptions()).shared_by(servers)
         self._host = host
+        self._public_host = socket.getfqdn() if host in _ALL_ADDRESSES else host
         self._port = port
         self._http_port = http_port
         self._http = http
@@ -304,8 +307,8 @@ class LocalCluster:
         with self._one_change:
             sock = listen(self._host, 0)
             http = listen(self._host, 0) if self._http else None
-            cluster, entry = self.cluster.with_server(
-                self._host, _port_of(sock), http_port=None if http is None else _port_of(http), weight=weight
+            cluster, entry = self._newest().with_server(
+                self._public_host, _port_of(sock), http_port=None if http is None else _port_of(http), weight=weight
             )
             self._write(cluster)
             member = _Member(entry, sock, http, Life(State.STOPPED, time.monotonic()))
@@ -515,7 +518,10 @@ class LocalCluster:
                 sockets.append((sock, http))
             cluster = plan_cluster(
                 self._indexes,
-                [(self._host, _port_of(sock), None if http is None else _port_of(http)) for sock, http in sockets],
+                [
+                    (self._public_host, _port_of(sock), None if http is None else _port_of(http))
+                    for sock, http in sockets
+                ],
                 replicas=self._replicas,
                 refresh_seconds=self._refresh_seconds,
                 tls=self._options.tls_cert is not None,
@@ -528,6 +534,11 @@ class LocalCluster:
             entry.id: _Member(entry, sock, http, Life(State.STOPPED, now))
             for entry, (sock, http) in zip(cluster.servers, sockets, strict=True)
         }
+
+    def _newest(self) -> ClusterFile:
+        """Return the layout as the file has it: versions to start at are written there by others."""
+        found = read_cluster(self.cluster_file, self._options.storage_options)
+        return found if found.epoch == self.cluster.epoch else self.cluster
 
     def _write(self, cluster: ClusterFile) -> None:
         write_cluster(
@@ -570,7 +581,7 @@ class LocalCluster:
                 _log.warning("servers %s have not taken up layout %d yet", ", ".join(behind), epoch)
 
     def _remove(self, server_id: int) -> None:
-        cluster = self.cluster.without_server(server_id)
+        cluster = self._newest().without_server(server_id)
         member = self._members[server_id]
         self._write(cluster)
         with self._changed:
@@ -591,7 +602,7 @@ class LocalCluster:
         member = self._members[self.cluster.server(server_id).id]
         with self._changed:
             if member.life.over:
-                member.listen_again()
+                member.listen_again(self._host)
             self._stop_one(member, Life.told_to_restart)
         self._wait_ready([server_id])
 
@@ -634,12 +645,20 @@ def _check_unused(location: str, options: ServeOptions) -> int:
             return 0
         raise
     for entry in cluster.servers:
-        with contextlib.suppress(OSError), socket.create_connection((entry.host, entry.port), _CONNECT_SECONDS):
+        if _answers(entry):
             raise CannotServe(
                 f"{location} is the file of a cluster that runs: {entry.host}:{entry.port} answers",
                 remedy="Stop that cluster first, or name another cluster file",
             )
     return cluster.epoch
+
+
+def _answers(entry: ServerEntry) -> bool:
+    try:
+        socket.create_connection((entry.host, entry.port), _CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _raise_unready(member: _Member, seconds: float) -> None:

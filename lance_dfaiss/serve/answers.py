@@ -180,8 +180,8 @@ def explanation(
     answer : Answer
         What was found.
     stages : sequence of (int or None, mapping)
-        The group that did it (None: the client), and ``name``, ``seconds`` and facts. A stage named ``snapshot`` tells ``live_rows``,
-        ``masked_rows``, ``mapped_rows`` and ``tail_rows`` of the group, and ``factory``.
+        The group that did it (None: the client), and ``name``, ``seconds`` and facts. A stage named ``snapshot``
+        tells ``live_rows``, ``masked_rows``, ``mapped_rows`` and ``tail_rows`` of the group, and ``factory``.
     k : int
         Results asked for.
     seconds : float
@@ -198,7 +198,8 @@ def explanation(
             for key in rows:
                 rows[key] += int(facts.get(key, 0))
         else:
-            told.append(Stage(name=name, seconds=took, facts={"group": group, **facts} if group is not None else facts))
+            where = {} if group is None else {"group": group}
+            told.append(Stage(name=name, seconds=took, facts={**where, **facts}))
     return Explanation(
         index=f"{offer.index} ({factory}, {offer.metric})" if factory else f"{offer.index} ({offer.metric})",
         version=offer.version,

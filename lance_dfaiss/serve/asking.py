@@ -641,7 +641,7 @@ class KnnAsking(Asking):
 
     @property
     def _k(self) -> int:
-        """Results to ask for: more than there are rows cannot be, and a server need not be asked for what it refuses."""
+        """Results to ask for: no more than there are rows, where servers would refuse as many."""
         way, k = self.way, self._key.k
         return k if k <= way.limits.k else max(min(k, way.rows), 1)
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import os
 import ssl
-import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -56,6 +53,7 @@ from .asking import (
     ReconstructAsking,
     unavailable,
 )
+from .bridge import Bridge, Slot, forked_error
 from .cluster import ClusterFile, read_cluster
 from .connection import connection_error
 from .fleet import Fleet, FleetOptions, Replica
@@ -63,8 +61,6 @@ from .wire import Done, Drain, Frame, Message, Offer, Reload, Status, StatusRepl
 
 __all__ = ["Answer", "AsyncClient", "Client", "ClusterStats", "connect", "connect_async"]
 
-_log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 TIMEOUT_SECONDS = 10.0
 """For one call, unless said otherwise: long beside any search, short for somebody who waits."""
@@ -548,10 +544,7 @@ class AsyncClient:
         if self._unusable:
             raise self._unusable_error()
         if os.getpid() != self._pid:
-            raise ClientUnusable(
-                "this process was forked after the client was made, and has none of its connections",
-                remedy="Call connect in the child",
-            )
+            raise forked_error()
 
     def _unusable_error(self) -> ClientUnusable:
         return ClientUnusable(self._unusable, remedy="Call connect again")
@@ -816,173 +809,6 @@ def _coalesced(calls: Sequence[Call]) -> list[list[Call]]:
     return groups
 
 
-class _Slot:
-    """Where a thread waits for an outcome. A bare lock: half the time of an Event or a concurrent Future."""
-
-    __slots__ = ("_done", "_error", "_lock", "_value")
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-        self._done = False
-        self._value: Any = None
-        self._error: BaseException | None = None
-
-    def done(self) -> bool:
-        """Tell whether nobody waits any more."""
-        return self._done
-
-    def set_result(self, result: Any, /) -> None:
-        """Wake the thread with a value."""
-        self._value, self._done = result, True
-        self._lock.release()
-
-    def set_exception(self, exception: BaseException, /) -> None:
-        """Wake the thread with an error."""
-        self._error, self._done = exception, True
-        self._lock.release()
-
-    def give_up(self) -> None:
-        """Take no outcome any more."""
-        self._done = True
-
-    def wait(self) -> None:
-        """Wait until there is an outcome; signals are handled meanwhile."""
-        self._lock.acquire()
-
-    def outcome(self) -> Any:
-        """Return or raise it."""
-        if self._error is not None:
-            try:
-                raise self._error
-            finally:
-                self._error = None  # or it would hold this frame, which holds it
-        return self._value
-
-
-class _Job:
-    """A coroutine that a thread waits for."""
-
-    __slots__ = ("make", "slot", "task")
-
-    def __init__(self, make: Callable[[], Coroutine[Any, Any, Any]], slot: _Slot) -> None:
-        self.make = make
-        self.slot = slot
-        self.task: asyncio.Task[Any] | None = None
-
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Run it."""
-        if not self.slot.done():
-            self.task = loop.create_task(self.make())
-            self.task.add_done_callback(self._finished)
-
-    def leave(self) -> None:
-        """Nobody waits for it any more."""
-        if self.task is not None:
-            self.task.cancel()
-
-    def _finished(self, task: asyncio.Task[Any]) -> None:
-        error = ClientUnusable("the client was closed") if task.cancelled() else task.exception()
-        if self.slot.done():
-            return
-        if error is not None:
-            self.slot.set_exception(error)
-        else:
-            self.slot.set_result(task.result())
-
-
-class _Bridge:
-    """From threads that wait to the one event loop that asks. It knows no Client, so that one can be dropped."""
-
-    def __init__(self) -> None:
-        self.pid = os.getpid()
-        self.client: AsyncClient | None = None
-        self.closed = False
-        self._inbox: deque[tuple[Call | _Job, _Slot]] = deque()
-        self._awake = False
-        self._loop = _new_loop()
-        self._thread = threading.Thread(target=self._turn, name="lance-dfaiss-client", daemon=True)
-        self._thread.start()
-
-    def ask(self, item: Call | _Job, slot: _Slot) -> Any:
-        """Hand something to the loop, and wait for its outcome; in any thread but the loop's."""
-        if self._thread is threading.current_thread():
-            raise ClientUnusable("a client was called on its own thread", remedy="Use connect_async in coroutines")
-        self._inbox.append((item, slot))
-        # Looked at in this order: the loop's thread sets it before it empties the inbox for the last time.
-        if self.closed:
-            raise _closed()
-        if not self._awake:
-            self._awake = True
-            self._call(self._take)
-        try:
-            slot.wait()
-        except BaseException:  # KeyboardInterrupt, or whatever else a signal handler raises
-            self._call(lambda: _given_up(item, slot))
-            raise
-        return slot.outcome()
-
-    def run(self, make: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-        """Run a coroutine on the loop, and wait for it."""
-        slot = _Slot()
-        result: _T = self.ask(_Job(make, slot), slot)
-        return result
-
-    def stop(self) -> None:
-        """Close the client and end the thread; what waits gets `ClientUnusable`. Nothing to do in a forked child."""
-        if self.closed or self.pid != os.getpid():
-            return
-        self._call(lambda: self._loop.create_task(self._close()))
-        # The garbage collector may call this on any thread.
-        if self._thread is not threading.current_thread():
-            self._thread.join()
-
-    def _call(self, function: Callable[[], Any]) -> None:
-        try:
-            self._loop.call_soon_threadsafe(function)
-        except RuntimeError as exc:
-            raise _closed() from exc
-
-    def _take(self) -> None:
-        self._awake = False
-        inbox, client = self._inbox, self.client
-        while inbox:
-            item, slot = inbox.popleft()
-            if isinstance(item, _Job):
-                item.start(self._loop)
-            elif client is not None and not slot.done():
-                client.gather(item)
-        if client is not None:
-            client.ask_gathered()
-
-    async def _close(self) -> None:
-        if self.client is not None:
-            await self.client.close()
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await self._loop.shutdown_default_executor()
-        self._loop.stop()
-
-    def _turn(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_forever()
-        finally:
-            self.closed = True
-            self._loop.close()
-            while self._inbox:
-                _, slot = self._inbox.popleft()
-                if not slot.done():
-                    slot.set_exception(_closed())
-
-
-def _given_up(item: Call | _Job, slot: _Slot) -> None:
-    slot.give_up()
-    item.leave()
-
-
 class Client:
     """Searches a cluster. Made by `connect`; safe to use from many threads, and to be closed after use.
 
@@ -990,7 +816,7 @@ class Client:
     """
 
     def __init__(self, opened: Callable[[], Coroutine[Any, Any, AsyncClient]]) -> None:
-        self._bridge = bridge = _Bridge()
+        self._bridge = bridge = Bridge()
         # Also at exit, and for a client that is dropped: the thread must not outlive it.
         self._finalizer = weakref.finalize(self, bridge.stop)
         try:
@@ -1070,7 +896,7 @@ class Client:
         asked = self._client._check_knn(
             queries, k, filter, nprobe, ef, k_factor, include_tail and not fast_search, timeout, allow_partial, index
         )
-        slot = _Slot()
+        slot = Slot()
         call = Call(asked.key, asked.payload, asked.n, asked.seconds, slot)
         found: Found = self._bridge.ask(call, slot)
         return found.answer
@@ -1313,19 +1139,6 @@ def _table(asked: _Asked, found: Found, fetched: pa.Table | None) -> pa.Table:
     answer = found.answer
     facts = {"coverage": answer.coverage, "version": answer.version, "generation": answer.generation}
     return result_table(answer[0], answer[1], fetched, single=asked.single, facts=facts)
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-    return loop
-
-
-def _closed() -> ClientUnusable:
-    return ClientUnusable("the client is closed", remedy="Call connect again")
 
 
 def _refuse_pickling() -> NoReturn:

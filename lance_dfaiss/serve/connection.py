@@ -105,6 +105,7 @@ class Connection(asyncio.Protocol):
         self._unsent: list[Buffer] = []
         self._last_id = 0
         self._ended: DfaissError | None = None
+        self._welcomed = False
 
     # What the event loop calls.
 
@@ -135,7 +136,12 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell everybody who waits."""
-        self._end(connection_error(self.name, exc))
+        error = connection_error(self.name, exc)
+        if not self._welcomed and isinstance(error, Unavailable):
+            # TLS tells a client of a refusal as of any other end: when it has long been connected.
+            hint = "before a welcome; see whether it has TLS, and asks for a certificate of the client"
+            error = Unavailable(f"{error.message} {hint}", groups=(), shards=(), coverage=0.0)
+        self._end(error)
 
     # What the client calls.
 
@@ -208,7 +214,8 @@ class Connection(asyncio.Protocol):
                     f"{self.name} speaks protocol version {welcome.protocol}, this client {self._hello.protocol}",
                     remedy="Install the same version of lance-dfaiss on both sides",
                 )
-            self.open, self.max_pending = True, welcome.limits.pending
+            self.open = self._welcomed = True
+            self.max_pending = welcome.limits.pending
             self._listener.welcomed(self, welcome)
         else:
             self._listener.offered(decode(frame, Offers))

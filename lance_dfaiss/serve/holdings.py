@@ -307,15 +307,23 @@ class Holdings:
         """Take up another layout: the share of this server in it is loaded, and offered beside the old one."""
         with self._one_at_a_time:
             self.cluster = cluster
-            wanted = {served.name: served for served in cluster.indexes}
-            kept = {name: self.shelves.get(name, Shelf(served)) for name, served in wanted.items()}
-            dropped = [shelf for name, shelf in self.shelves.items() if name not in wanted]
-            self.shelves = {name: replace(kept[name], served=served) for name, served in wanted.items()}
-            for shelf in dropped:
-                self._let_go(shelf.snapshots.values())
-            for name in self.shelves:
-                self._attempt(name, self._same_version)
+            before = self.shelves
+            self.shelves = {served.name: _taken_over(before.get(served.name), served) for served in cluster.indexes}
+            for name, shelf in before.items():
+                if name not in self.shelves:
+                    self._let_go(shelf.snapshots.values())
+            self._catch_up()
             self._changed()
+
+    def catch_up(self) -> None:
+        """Load what should be held in the present layout and is not, because that failed before."""
+        with self._one_at_a_time:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        for name, shelf in self.shelves.items():
+            if shelf.newest is None or shelf.newest.offer.epoch != self.cluster.epoch:
+                self._attempt(name, self._same_version)
 
     def _attempt(self, name: str, choose: Callable[[Shelf], PinnedDataset | None]) -> DfaissError | None:
         """Move one index to the version that was chosen; return what went wrong."""
@@ -379,10 +387,10 @@ class Holdings:
             return False
         return True
 
-    def _same_version(self, shelf: Shelf) -> PinnedDataset | None:
-        if shelf.newest is None:
-            return self._handle(shelf).latest()
-        return None if shelf.newest.offer.epoch == self.cluster.epoch else shelf.newest.view.pinned
+    def _same_version(self, shelf: Shelf) -> PinnedDataset:
+        if shelf.newest is not None:
+            return shelf.newest.view.pinned
+        return _at_version(self._handle(shelf), None if self.cluster.refresh_seconds else shelf.served.version)
 
     def _handle(self, shelf: Shelf) -> PinnedDataset:
         # Anew each time: the version that is held may have been cleaned up, and the dataset been written anew.
@@ -545,6 +553,17 @@ class Holdings:
 
     def _put(self, name: str, **changes: Any) -> None:
         self.shelves = {**self.shelves, name: replace(self.shelves[name], **changes)}
+
+
+def _taken_over(shelf: Shelf | None, served: ServedIndex) -> Shelf:
+    """Return the shelf of an index in a new layout, with what is held of it already."""
+    if shelf is None:
+        return Shelf(served)
+    was = shelf.served
+    if (was.dataset, was.index, was.index_uri) == (served.dataset, served.index, served.index_uri):
+        return replace(shelf, served=served)
+    # Another index under the same name: the one before is served until this is loaded, and shares nothing with it.
+    return Shelf(served, snapshots=shelf.snapshots)
 
 
 def _kept(snapshots: list[Held], since: float) -> list[Held]:

@@ -41,7 +41,7 @@ MAX_CONNECTIONS = 16
 REQUEST_BYTES = 8 * 1024
 REQUEST_SECONDS = 5.0
 _LINGER_SECONDS = 1.0
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.1
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _TEXT = "text/plain; charset=utf-8"
@@ -111,8 +111,7 @@ class StatusPort:
 
         Waits for a status that is being made, so an event loop must call it on another thread.
         """
-        with contextlib.suppress(OSError):  # closed already, or a system that does not shut down listening sockets
-            self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the accepting thread at once
+        # The listening socket is only closed, not shut down: a launcher may hold it too, for the next server.
         if self._thread is not None:
             self._server.shutdown()
             self._thread.join()

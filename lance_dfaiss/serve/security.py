@@ -185,11 +185,38 @@ def server_tls(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _harden(context)
     _load_identity(context, os.fspath(cert), os.fspath(key), CannotServe)
+    _try_identity(context, os.fspath(cert))
     if client_ca is not None:
         _trust(context, os.fspath(client_ca), CannotServe, "the CA file for clients")
         context.verify_mode = ssl.CERT_REQUIRED
     context.sslobject_class = _Telling
     return context
+
+
+def _try_identity(context: ssl.SSLContext, cert: str) -> None:
+    """Log why no client will trust the certificate, if that can be known here: it has expired, or is for other uses.
+
+    Clients hang up on such a server without a word, so its log would not say it otherwise.
+    """
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    # Trusted whoever has signed it.
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    client.load_verify_locations(cert)
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    sides = client.wrap_bio(back, there), context.wrap_bio(there, back, server_side=True)
+    for turn in range(3):
+        try:
+            sides[turn % 2].do_handshake()
+        except ssl.SSLWantReadError:
+            continue
+        except ssl.SSLCertVerificationError as exc:
+            _log.error("no client will trust the certificate %s: %s", cert, exc.verify_message)
+            return
+
+
+_NO_TLS = ("HTTP_REQUEST", "WRONG_VERSION_NUMBER")
+"""OpenSSL's names for what is no TLS at all."""
 
 
 class _Telling(ssl.SSLObject):
@@ -212,6 +239,8 @@ class _Telling(ssl.SSLObject):
         except ssl.SSLError as exc:
             self._failure = exc
             _log.warning("a TLS handshake failed: %s", exc)
+            if exc.reason in _NO_TLS:
+                raise  # who does not speak TLS reads no alert, and would be kept waiting for nothing
             raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "the alert has to be sent") from exc
 
 

@@ -293,6 +293,7 @@ class Server:
         if self.holdings.cluster.refresh_seconds:
             self.holdings.follow(self._grid_point())
         else:
+            self.holdings.catch_up()
             self.holdings.prune()
 
     def _reread(self) -> None:

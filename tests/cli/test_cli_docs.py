@@ -12,8 +12,10 @@ from tests.cli.helpers import invoke
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
 COMMANDS = (
     "build", "plan", "search", "list", "describe", "verify",
-    "update", "optimize", "sync", "gc", "rollback", "adopt", "drop",
+    "update", "optimize", "sync", "gc", "rollback", "adopt", "drop", "serve", "query", "status", "reload",
 )  # fmt: skip
+# They find the index through servers, not through the dataset.
+ASKING_SERVERS = {"query", "status", "reload"}
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 FOR_ALL = {"--json", "--index-uri", "--storage-option", "--help"}
 FOR_EVERY_COMMAND = {*FOR_ALL, "--allow-index-uri"}
@@ -54,7 +56,7 @@ def test_global_options_are_documented() -> None:
 def test_every_option_is_documented(command: str) -> None:
     listed = options(command)
     # A copy has its own files or none: there is no other place to look for its index.
-    assert FOR_ALL - ({"--index-uri"} if command == "adopt" else set()) <= listed
+    assert FOR_ALL - ({"--index-uri"} if command in {"adopt", *ASKING_SERVERS} else set()) <= listed
     documented = set(OPTION.findall(section("build" if command == "plan" else command)))
     assert listed - documented - FOR_EVERY_COMMAND == set()
 
@@ -70,6 +72,6 @@ def test_the_page_names_no_option_that_does_not_exist() -> None:
 
 def test_the_page_describes_trust_for_those_who_need_it() -> None:
     trusting = {command for command in COMMANDS if "--allow-index-uri" in options(command)}
-    assert trusting == {"search", "describe", "verify", "update", "optimize", "sync", "rollback", "adopt"}
+    assert trusting == {"search", "describe", "verify", "update", "optimize", "sync", "rollback", "adopt", "serve"}
     section_of = section("For every command")
     assert all(f"`{command}`" in section_of for command in trusting)

@@ -45,6 +45,14 @@ def test_the_demo_measures_speed(report: str) -> None:
     assert all(speed > 0 for speed in speeds)
 
 
+def test_the_demo_loses_a_server_and_no_query(report: str) -> None:
+    assert "half-way: 0 queries failed" in report
+    equal = re.search(r"answers equal to those of this process: (\d+\.\d)%", report)
+    assert equal is not None, report
+    assert float(equal[1]) > 98  # codes are ranked within a shard first, so a few of the last places differ
+    assert re.search(r"server 1 is back as process \d+, at the same address", report)
+
+
 def test_the_keeping_up_example_ends_as_it_says(tmp_path: Path) -> None:
     command = [sys.executable, "examples/keeping_up.py", "--into", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
+import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,14 +25,37 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 import lance_dfaiss
-from lance_dfaiss.errors import DfaissError
+from lance_dfaiss.errors import DfaissError, Overloaded
+from lance_dfaiss.launch import LocalCluster, ServeOptions
+from lance_dfaiss.serve import wire
 from lance_dfaiss.serve.answers import METADATA_KEY
-from lance_dfaiss.serve.client import Client
-from lance_dfaiss.serve.cluster import ServedIndex
+from lance_dfaiss.serve.client import AsyncClient, Client
+from lance_dfaiss.serve.cluster import ServedIndex, plan_cluster, write_cluster
+from tests.serve.certificates import make_certificates
+from tests.serve.hosts import Hosts
 from tests.serve.inprocess import until
+from tests.serve.rawclient import RawClient
 from tests.support import Exact, fixed_size, gaussian, live_table, make_dataset
 
-__all__ = ["K", "NAME", "Events", "Load", "Place", "Seen", "Words", "family_of", "resident", "settled_resident", "stopped"]
+__all__ = [
+    "LISTS",
+    "NAME",
+    "K",
+    "Load",
+    "OnHosts",
+    "Place",
+    "Seen",
+    "Words",
+    "assert_recovered",
+    "family_of",
+    "first_over_median",
+    "overload_a_server",
+    "resident",
+    "stopped",
+    "swap_under_load",
+]
+
+_log = logging.getLogger(__name__)
 
 NAME, DIM, K, LISTS = "near", 16, 10, 8
 POOL = 48
@@ -36,6 +63,18 @@ POOL = 48
 
 WINDOW_SECONDS = 0.5
 FILTER = "id % 3 = 1"
+
+RECOVERY_SECONDS = 2.0
+"""How long a lost server may be felt."""
+
+NOISE_SECONDS = 0.02
+"""What a machine with more to do adds to a 99th percentile."""
+
+LONGEST_SECONDS = 3.0
+"""No call takes as long as that, whatever happens to one server: the silence that makes it suspect, and some."""
+
+GROWTH = 1.05
+"""RAM of a server after everything, over that before."""
 
 
 class Place:
@@ -57,9 +96,7 @@ class Place:
             stable=stable,
             word=pa.array([f"word {i}" for i in range(rows)]),
         )
-        lance_dfaiss.create_index(
-            dataset, "vec", "IVF_FLAT", name=NAME, num_partitions=LISTS, num_shards=shards
-        )
+        lance_dfaiss.create_index(dataset, "vec", "IVF_FLAT", name=NAME, num_partitions=LISTS, num_shards=shards)
 
     @property
     def served(self) -> list[ServedIndex]:
@@ -204,18 +241,6 @@ class Words:
         return ""
 
 
-@dataclass
-class Events:
-    """What was done to the cluster, and when; monotonic seconds."""
-
-    times: list[tuple[float, str]] = field(default_factory=list)
-
-    def note(self, what: str) -> float:
-        now = time.monotonic()
-        self.times.append((now, what))
-        return now
-
-
 class Load:
     """Threads that ask a cluster, each at its own pace, for as long as the context lasts.
 
@@ -332,6 +357,27 @@ def _of_table(table: pa.Table, started: float, which: tuple[int, ...]) -> Seen:
     return Seen(started, seconds, "search", which, None, version, coverage, distances, row_ids, columns)
 
 
+def assert_recovered(load: Load, moment: float, what: str, *, seconds: float = RECOVERY_SECONDS) -> None:
+    """Assert that calls take no longer than before, from so many seconds after something happened.
+
+    Compared are medians over windows of the 99th percentile in each: one hiccup of the machine is no finding.
+    """
+    end = load.seen[-1].at
+    before, during = load.windows(moment - 1.5, moment), load.windows(moment, moment + seconds)
+    after = load.windows(moment + seconds, end)
+    longest = max(seen.seconds for seen in load.seen if seen.at >= moment)
+    _log.info(
+        "%s: p99 (ms) before %s, then %s | %s; longest %.0f", what, *map(_ms, (before, during, after)), 1e3 * longest
+    )
+    assert len(after) >= 2
+    assert np.median(after) <= 2 * np.median(before) + NOISE_SECONDS, f"{what}: still slow"
+    assert longest < LONGEST_SECONDS, f"{what}: a call took {longest:.1f} s"
+
+
+def _ms(seconds: Sequence[float]) -> str:
+    return " ".join(f"{1e3 * each:.0f}" for each in seconds)
+
+
 @contextmanager
 def stopped(pid: int) -> Iterator[None]:
     """Have a process do nothing for a while, without its knowing."""
@@ -352,18 +398,217 @@ def family_of(pid: int) -> list[int]:
 
 
 def resident(pid: int) -> int:
-    """Return the bytes of RAM that a process and its descendants use."""
-    pages = [int(Path(f"/proc/{each}/statm").read_text().split()[1]) for each in family_of(pid)]
-    return sum(pages) * os.sysconf("SC_PAGE_SIZE")
+    """Return the bytes of RAM that a server uses, together with the largest process that evaluates its filters.
+
+    The largest: a second one is started when two filters come at once, and that is no growth.
+    """
+    own, *others = [
+        int(Path(f"/proc/{each}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") for each in family_of(pid)
+    ]
+    return own + max(others, default=0)
 
 
-def settled_resident(pid: int) -> int:
-    """Return the same, once it does not change any more; for a server that nobody asks."""
-    last = [resident(pid)]
+def swap_under_load(folder: Path, *, swaps: int) -> None:
+    """Move four servers under load, again and again, and assert that nothing went wrong, nor was left.
 
-    def steady() -> bool:
-        last.append(resident(pid))
-        return len(last) > 100 and max(last[-100:]) == min(last[-100:])
+    Rows are appended and deleted, the index is updated and the dataset compacted, in turns.
+    """
+    place, file = Place(folder), folder / "cluster.json"
+    options = ServeOptions(grace_seconds=1.0, payload=("word",), filter_columns=("id",))
+    with (
+        LocalCluster(
+            place.served, servers=4, replicas=2, cluster_file=file, refresh_seconds=0.0, http=False, options=options
+        ) as cluster,
+        lance_dfaiss.connect(file) as client,
+        Load(client, place) as load,
+    ):
+        load.wait_more(2.0)
+        pids = cluster.pids
+        before = {server: resident(pid) for server, pid in pids.items()}
+        for step in range(swaps):
+            place.change(step)
+            if step % 2:
+                client.reload()
+            else:
+                _reload_in_turn(cluster, load)
+            load.wait_more(0.3)
+        load.wait_more(1.0)
+        assert cluster.pids == pids, "a server died"
+        after = {server: resident(pid) for server, pid in pids.items()}
+    growth = {server: after[server] / before[server] for server in before}
+    _log.info("%d swaps, %d answers, RAM over that before: %s", swaps, len(load.seen), _ratios(growth.values()))
+    assert not load.problems(Words(place))
+    assert len({seen.version for seen in load.seen}) == swaps + 1
+    assert max(growth.values()) <= GROWTH
 
-    until(steady)
-    return last[-1]
+
+def _reload_in_turn(cluster: LocalCluster, load: Load) -> None:
+    """Move one server after the other, with some calls between: each is at a version of its own for a while."""
+    for entry in cluster.cluster.servers:
+        with RawClient((entry.host, entry.port)) as admin:
+            admin.ask(wire.Reload(), expected=wire.Done)
+        load.wait_more(0.0)
+
+
+def _ratios(values: Iterable[float]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)
+
+
+class OnHosts:
+    """Four servers, each on a host of its own, with TLS and a token; two of each group.
+
+    Parameters
+    ----------
+    hosts : Hosts
+        Five; the first is for clients.
+    place : Place
+        What is served.
+    folder : pathlib.Path
+        For files.
+    """
+
+    def __init__(self, hosts: Hosts, place: Place, folder: Path) -> None:
+        self._hosts, self._folder = hosts, folder
+        addresses = [hosts.address(host) for host in range(1, 5)]
+        self._certificates = make_certificates(folder, addresses=addresses)
+        self._file, self._token = folder / "cluster.json", "a token that is long enough"
+        (folder / "token").write_text(self._token, encoding="ascii")
+        (folder / "token").chmod(0o600)
+        layout = plan_cluster(
+            place.served, [(address, 7_400, None) for address in addresses], replicas=2, refresh_seconds=0.0, tls=True
+        )
+        write_cluster(str(self._file), layout)
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> OnHosts:
+        server = self._certificates.server
+        for number in range(4):
+            command = [
+                *(sys.executable, "-m", "lance_dfaiss", "serve", "--server-id", str(number)),
+                *("--cluster-file", str(self._file), "--token-file", str(self._folder / "token")),
+                *("--tls-cert", str(server.cert), "--tls-key", str(server.key), "--threads", "1"),
+            ]
+            log = self._folder / f"server-{number}.log"
+            self._processes.append(self._hosts.run(number + 1, command, log))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.wait(30)
+
+    def connect(self) -> Client:
+        """Return a client, once all servers are there."""
+        client = lance_dfaiss.connect(self._file, token=self._token, tls=self._certificates.ca.cert, timeout=60.0)
+        until(lambda: sum(map(len, client.stats().servers_by_group)) == 4)
+        return client
+
+
+def first_over_median(cluster: LocalCluster, place: Place, server: int) -> float:
+    """Restart a server; return how long its first query takes, over the median of those after it.
+
+    All come one at a time, and with a pause: without one, caches and clocks of the processor are at their best, and
+    it is their warmth that would be measured, not that of the server.
+    """
+    cluster.restart(server)
+    entry, pause = cluster.cluster.server(server), threading.Event()
+    seconds = []
+    with RawClient((entry.host, entry.port)) as client:
+        for query in place.queries[:40]:
+            pause.wait(0.02)
+            started = time.perf_counter()
+            client.knn(query, K, client.offer(NAME), nprobe=LISTS)
+            seconds.append(time.perf_counter() - started)
+    median = float(np.median(seconds))
+    _log.info("server %d: first query %.2f ms, median %.2f ms", server, 1e3 * seconds[0], 1e3 * median)
+    return seconds[0] / median
+
+
+BATCH = 64
+WAITING = 8 * BATCH
+"""Queries in one request, and those that may wait in the server."""
+
+
+def overload_a_server(folder: Path, *, seconds: float) -> None:
+    """Ask a server for ten times as much as it can do, and assert that it refuses the rest and comes to no harm."""
+    make_dataset(folder / "d", gaussian(20_000, 64, 1), rows_per_fragment=5_000)
+    uri, file = str(folder / "d"), folder / "cluster.json"
+    lance_dfaiss.create_index(uri, "vec", "IVF_FLAT", name=NAME, num_partitions=LISTS)
+    served = [ServedIndex(name=NAME, dataset=uri, index=NAME)]
+    options = ServeOptions(threads=1, max_waiting=WAITING)
+    with LocalCluster(served, cluster_file=file, refresh_seconds=0.0, http=False, options=options) as cluster:
+        asyncio.run(_overload(file, cluster.pids[0], seconds))
+
+
+async def _overload(file: Path, pid: int, seconds: float) -> None:
+    clients = [await lance_dfaiss.connect_async(file, connections=4) for _ in range(8)]
+    queries = gaussian(BATCH, 64, 2)
+    alone = await _asked_in_turn(clients[0], queries, 1, 0.7)
+    capacity = len(await _asked_in_turn(clients[0], queries, 4, 1.5)) / 1.5
+    before = resident(pid)
+    answered, refused = await _asked_openly(clients, queries, 10 * capacity, seconds)
+    growth = resident(pid) / before
+    after = await _asked_in_turn(clients[0], queries, 1, 0.7)
+    for client in clients:
+        await client.close()
+    # Whoever is let in waits for those before, at the rate at which they are answered, and for a batch in hand.
+    throughput = len(answered) / seconds
+    bound = (WAITING / BATCH + 5) / throughput + 0.5
+    p99 = float(np.percentile(answered, 99))
+    _log.info(
+        "capacity %.0f/s; at ten times that %.0f/s answered, p99 %.3f s of at most %.3f; %.0f/s refused, p99 %.3f s; "
+        "alone p50 %.1f ms before, %.1f after; RAM %.3f",
+        *(capacity, throughput, p99, bound, len(refused) / seconds, np.percentile(refused, 99)),
+        *(1e3 * np.median(alone), 1e3 * np.median(after), growth),
+    )
+    assert len(refused) > 5 * len(answered)
+    assert throughput > 0.2 * capacity  # the client takes its share of the cores
+    assert p99 <= bound
+    assert np.percentile(refused, 50) <= bound
+    assert np.median(after) <= 3 * np.median(alone) + NOISE_SECONDS
+    assert growth <= GROWTH
+
+
+async def _asked_in_turn(
+    client: AsyncClient, queries: NDArray[np.float32], in_flight: int, seconds: float
+) -> list[float]:
+    """Return the seconds of requests, each made when one before it was answered."""
+    found: list[float] = []
+    end = time.monotonic() + seconds
+
+    async def ask() -> None:
+        while (started := time.monotonic()) < end:
+            await client.knn(queries, K, nprobe=LISTS)
+            found.append(time.monotonic() - started)
+
+    await asyncio.gather(*(ask() for _ in range(in_flight)))
+    return found
+
+
+async def _asked_openly(
+    clients: Sequence[AsyncClient], queries: NDArray[np.float32], per_second: float, seconds: float
+) -> tuple[list[float], list[float]]:
+    """Make requests at a rate, whatever becomes of them; return the seconds of those answered, and refused."""
+    answered: list[float] = []
+    refused: list[float] = []
+
+    async def ask(client: AsyncClient) -> None:
+        started = time.monotonic()
+        try:
+            await client.knn(queries, K, nprobe=LISTS, timeout=60.0)
+        except Overloaded:
+            refused.append(time.monotonic() - started)
+        else:
+            answered.append(time.monotonic() - started)
+
+    tasks: list[asyncio.Task[None]] = []
+    start = time.monotonic()
+    while (passed := time.monotonic() - start) < seconds:
+        while len(tasks) < passed * per_second:
+            tasks.append(asyncio.create_task(ask(clients[len(tasks) % len(clients)])))
+        await asyncio.sleep(0)
+    await asyncio.gather(*tasks)
+    return answered, refused

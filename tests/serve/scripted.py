@@ -82,7 +82,9 @@ class ScriptedServer:
         self.vectors = vectors[group::groups]
         counts = [len(vectors[each::groups]) for each in range(groups)]
         self.offers: tuple[wire.Offer, ...] = (offer_of(counts, group),)
+        self.accepted: set[_Connection] = set()
         self.connections: set[_Connection] = set()
+        """Of those, the ones that were welcomed."""
         self.port = 0
         self.changed: asyncio.Condition
         self._listener: asyncio.Server | None = None
@@ -99,7 +101,7 @@ class ScriptedServer:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-        for connection in list(self.connections):
+        for connection in list(self.accepted):
             connection.transport.abort()
 
     def announce(self) -> None:
@@ -178,8 +180,10 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
+        self.server.accepted.add(self)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        self.server.accepted.discard(self)
         self.server.connections.discard(self)
         for task in self.waiting:
             task.cancel()
@@ -285,12 +289,13 @@ class ScriptedCluster:
         self.replicas = replicas
 
     async def __aenter__(self) -> ScriptedCluster:
-        for server in self.servers:
+        self._started = list(self.servers)
+        for server in self._started:
             await server.start()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        for server in self.servers:
+        for server in self._started:
             server.kill()
 
     def file(self, *, epoch: int = 1, tls: bool = False, host: str = "127.0.0.1") -> ClusterFile:

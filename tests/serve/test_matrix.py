@@ -25,7 +25,7 @@ from lance_dfaiss.serve.client import Client
 from lance_dfaiss.serve.cluster import ServedIndex
 from lance_dfaiss.types import Metric
 from tests.serve.inprocess import running
-from tests.support import Exact, clustered, fixed_size, make_dataset, same_rows
+from tests.support import Exact, clustered, fixed_size, make_dataset
 
 DIM, ROWS, SHARDS = 16, 1_400, 9
 
@@ -117,29 +117,44 @@ def _check_knn(client: Client, index: Index, case: Case, queries: Any, truth: Ex
             found, expected = client.knn(some, k, **named, **asked), index.knn(some, k, **named, **asked)
             assert found[0].shape == found[1].shape == expected[0].shape
             assert (found.coverage, found.version) == (1.0, index.version)
-            if case.kind in _EXACT:
-                same_rows(found, expected)
-            else:
-                _check_close(found, expected)
+            if case.kind in _EXACT or (case.kind == "IVF_RQ" and "filter" not in asked):
+                _check_same(found, expected)
+            elif case.kind != "IVF_RQ":  # its distances are rounded by all lists that a query looks into
+                _check_no_worse(found, expected)
     for some in (queries[:1], queries):
         mine, theirs = truth.recall(some, client.knn(some, 10)[1]), truth.recall(some, index.knn(some, 10)[1])
         assert mine >= theirs - 0.005
 
 
-def _check_close(found: Any, expected: Any) -> None:
-    """Assert that rows that were found twice are equally far, and that nearly all were."""
-    common = total = 0
+def _check_same(found: Any, expected: Any) -> None:
+    """Assert that answers agree to the bit, but for which of equally far rows are cut off at the end."""
+    np.testing.assert_array_equal(found[0], expected[0])
+    inside = expected[0] < expected[0][:, -1:]
+    np.testing.assert_array_equal(found[1][inside], expected[1][inside])
+    for rows in found[1]:
+        assert len(set(rows.tolist()) - {int(MISSING_ROW_ID)}) == np.count_nonzero(rows != MISSING_ROW_ID)
+
+
+def _check_no_worse(found: Any, expected: Any) -> None:
+    """Assert that an answer is good where more candidates are ranked, or more lists looked into, in every group."""
     for distances, rows, others, their_rows in zip(*found, *expected, strict=True):
+        there = rows != MISSING_ROW_ID
+        assert len(set(rows[there].tolist())) == there.sum() >= np.count_nonzero(their_rows != MISSING_ROW_ID)
+        assert (np.diff(distances[there]) >= 0).all()
+        tolerance = 1e-5 * np.abs(others) + 1e-5
+        assert (distances[there] <= (others + tolerance)[there]).all()
         known = dict(zip(their_rows.tolist(), others.tolist(), strict=True))
-        known.pop(int(MISSING_ROW_ID), None)
-        mine = {int(row): float(d) for row, d in zip(rows, distances, strict=True) if row != MISSING_ROW_ID}
-        assert len(mine) == np.count_nonzero(rows != MISSING_ROW_ID), "a row came twice"
-        assert (np.diff(distances[np.isfinite(distances)]) >= 0).all()
-        for row in mine.keys() & known.keys():
-            assert mine[row] == pytest.approx(known[row], rel=1e-5, abs=1e-4)
-        common += len(mine.keys() & known.keys())
-        total += len(known)
-    assert common >= 0.95 * total - 1
+        for row, distance in zip(rows[there].tolist(), distances[there].tolist(), strict=True):
+            assert known.get(row, distance) == pytest.approx(distance, rel=1e-5, abs=1e-5)
+
+
+def _inside(table: pa.Table) -> pa.Table:
+    """Leave out the rows that are as far as the last of their query: which of these are cut off may differ."""
+    table = table.replace_schema_metadata(None)
+    distances = table["_distance"].to_numpy()
+    query = table["query_index"].to_numpy() if "query_index" in table.column_names else np.zeros(len(table), int)
+    last = {each: distances[query == each].max() for each in set(query.tolist())}
+    return table.filter(pa.array([d < last[q] for q, d in zip(query.tolist(), distances, strict=True)], pa.bool_()))
 
 
 def _check_tables(client: Client, index: Index, case: Case, queries: Any) -> None:
@@ -153,10 +168,10 @@ def _check_tables(client: Client, index: Index, case: Case, queries: Any) -> Non
     ):
         found, expected = client.search(query, 12, **asked), index.search(query, 12, **asked)
         assert found.schema.remove_metadata() == expected.schema.remove_metadata()
+        assert len(found) == len(expected)
         if case.kind in ("FLAT", "IVF_FLAT"):
-            assert found.replace_schema_metadata(None).equals(expected.replace_schema_metadata(None))
-        else:
-            assert len(found) == len(expected)
+            assert found["_distance"].equals(expected["_distance"])
+            assert _inside(found).equals(_inside(expected))
 
 
 def _check_ranges(client: Client, index: Index, queries: Any) -> None:
@@ -166,9 +181,9 @@ def _check_ranges(client: Client, index: Index, queries: Any) -> None:
         with pytest.raises(InvalidArgument, match=re.escape(exc.message)):
             client.range_search(queries[0], 1.0)
         return
-    near = index.knn(queries[:1], 40)[0][0]
+    near = index.knn(queries[:1], 60)[0][0]
     asked: dict[str, Any]
-    for radius in (float(near[20]), float(near[-1])):
+    for radius in (float(near[35]), float(near[-1])):
         for asked in ({}, {"filter": _FILTERS[0], "columns": ["id", "word"]}, {"include_tail": False, "columns": []}):
             found = client.range_search(queries[0], radius, **asked).replace_schema_metadata(None)
             assert found.equals(index.range_search(queries[0], radius, **asked).replace_schema_metadata(None))
@@ -193,8 +208,9 @@ def _check(tmp_path: Path, case: Case) -> None:
             _check_tables(client, index, case, queries)
             _check_ranges(client, index, queries)
             _check_filters(client, index, queries)
-            some = truth.row_ids[::7]
-            np.testing.assert_array_equal(client.reconstruct(some), index.reconstruct(some))
+            if case.kind != "IVF_RQ":  # it cannot decode
+                some = truth.row_ids[::7]
+                np.testing.assert_array_equal(client.reconstruct(some), index.reconstruct(some))
         offers = [server.server.holdings.offers[0] for server in cluster.servers]
         assert {offer.at for offer in offers} == {offers[0].at}
         assert sum(offers[0].rows) == len(index)

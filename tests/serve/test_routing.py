@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from fractions import Fraction
 
@@ -202,7 +203,7 @@ def test_a_replica_that_hangs_is_tried_less_and_less() -> None:
             fine.answered(0.001, now)
         chosen.ended(1)
         now += 0.005
-    gaps = [after - before for before, after in zip(asked, asked[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(asked)]
     assert len(asked) < 30  # of 12,000
     assert gaps[0] >= SLOW_FIRST_SECONDS
     assert all(gap >= min(2**i * SLOW_FIRST_SECONDS, SLOW_MAX_SECONDS) for i, gap in enumerate(gaps))
