@@ -120,29 +120,33 @@ def move_servers(
 
     async def move() -> list[Move]:
         wanted = names if index is None else (index,)
-        return [move for name in wanted for move in await _move_index(cluster.servers, caller, name, version)]
+        hold = version is not None
+        return [move for name in wanted for move in await _move_index(cluster.servers, caller, name, version, hold)]
 
     moves = _run(move)
     failed = {each.index for each in moves if each.version is None}
     versions = {each.index: each.version for each in moves if each.version is not None and each.index not in failed}
-    if versions and not cluster.refresh_seconds:
-        moved = cluster.with_versions(versions)
+    stays = version is not None or not cluster.refresh_seconds
+    moved = cluster.with_versions({name: found if stays else None for name, found in versions.items()})
+    if moved != cluster:  # servers write it too, where they may
         write_cluster(location, moved, expected_epoch=cluster.epoch, storage_options=storage_options)
     return moves
 
 
-async def _move_index(servers: Sequence[ServerEntry], caller: Caller, index: str, version: int | None) -> list[Move]:
+async def _move_index(
+    servers: Sequence[ServerEntry], caller: Caller, index: str, version: int | None, hold: bool
+) -> list[Move]:
     moves: list[Move] = []
     rest = list(servers)
     while version is None and rest:
-        moves.append(await _move(rest.pop(0), caller, index, None))
+        moves.append(await _move(rest.pop(0), caller, index, None, hold))
         version = moves[-1].version
-    return [*moves, *await asyncio.gather(*(_move(entry, caller, index, version) for entry in rest))]
+    return [*moves, *await asyncio.gather(*(_move(entry, caller, index, version, hold) for entry in rest))]
 
 
-async def _move(entry: ServerEntry, caller: Caller, index: str, version: int | None) -> Move:
+async def _move(entry: ServerEntry, caller: Caller, index: str, version: int | None, hold: bool) -> Move:
     try:
-        done: Done = await _ask(entry, Reload(index=index, version=version), Done, caller)
+        done: Done = await _ask(entry, Reload(index=index, version=version, hold=hold), Done, caller)
         at = str(done.facts.get("at", {}).get(index, ""))
         if version is None:
             reply: StatusReply = await _ask(entry, Status(), StatusReply, caller)

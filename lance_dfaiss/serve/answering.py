@@ -106,8 +106,8 @@ FILTER_THREADS = FETCH_THREADS = 4
 class Control(Protocol):
     """What a server can be asked about itself, and told to do."""
 
-    def reload(self, index: str | None, version: int | None) -> Awaitable[dict[str, Any]]:
-        """Move to a version."""
+    def reload(self, index: str | None, version: int | None, *, hold: bool) -> Awaitable[dict[str, Any]]:
+        """Move to a version, and stay there if asked to."""
 
     def drain(self) -> None:
         """Turn clients away, and stop."""
@@ -392,7 +392,7 @@ class Answering:
         _check_admin(peer)
 
         async def reload() -> Message:
-            return Done(facts={"at": await self._control.reload(message.index, message.version)})
+            return Done(facts={"at": await self._control.reload(message.index, message.version, hold=message.hold)})
 
         self._later(ticket, reload())
 

@@ -104,8 +104,7 @@ class ServedIndex:
     index_uri : str or None
         Where its files lie, if not in the dataset.
     version : int or None
-        Dataset version that a server starts at where versions are not followed (``refresh_seconds`` 0), so that one
-        that is started again comes to where the others are; None for the newest.
+        Dataset version to stay at; None to follow the dataset, or to start at the newest (``refresh_seconds`` 0).
     """
 
     name: str
@@ -227,8 +226,8 @@ class ClusterFile:
         )
         return self._next((*self._regrouped(self.servers, groups), joined)), joined
 
-    def with_versions(self, versions: Mapping[str, int]) -> ClusterFile:
-        """Return the same layout with other versions to start at, by name of the index."""
+    def with_versions(self, versions: Mapping[str, int | None]) -> ClusterFile:
+        """Return the same layout with other versions to stay at, by name of the index; None for none."""
         indexes = (replace(one, version=versions.get(one.name, one.version)) for one in self.indexes)
         return replace(self, indexes=tuple(indexes))
 

@@ -200,6 +200,7 @@ class Link:
         self.connection: Connection | None = None
         self.pinged = False
         self.owing = False
+        self._closed = False
         self._fleet = fleet
         self._replica = replica
         self._loop = asyncio.get_running_loop()
@@ -207,6 +208,7 @@ class Link:
 
     def close(self) -> None:
         """Hang up for good."""
+        self._closed = True
         if self.connection is not None:
             self.connection.close(ClientUnusable("the connection was closed"))
         self._task.cancel()
@@ -226,6 +228,8 @@ class Link:
                 failures += 1
                 self._replica.error = connection_error(self._replica.name, exc)
                 _log.debug("%s: %s", self._replica.name, self._replica.error)
+            if self._closed:
+                return
             self._replica.settled = True
             self._fleet.changed()
             if failures >= DOUBTFUL_FAILURES:
@@ -259,6 +263,9 @@ class Link:
                 ),
                 CONNECT_SECONDS,
             )
+            if self._closed:
+                # In the moment it was: `wait_for` forgets a cancellation when what it waits for ends at the same time.
+                raise ClientUnusable("the connection was closed")
             await asyncio.wait_for(asyncio.shield(self._welcomed), CONNECT_SECONDS)
         except BaseException as exc:
             connection.close(connection_error(self._replica.name, exc))
@@ -595,7 +602,7 @@ class Fleet:
         self.changed()
 
     async def _follow(self, location: str) -> None:
-        while True:
+        while not self._closed:
             await asyncio.sleep(REREAD_GAP_SECONDS)
             with contextlib.suppress(asyncio.TimeoutError):  # then it is time anyway
                 await asyncio.wait_for(self._doubtful.wait(), REREAD_SECONDS)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from ..errors import BudgetExceeded, DfaissError, IndexNotFound, ServerFailed, SnapshotGone
@@ -147,6 +148,16 @@ class Held:
     payload: Payload | None
     used_at: float = -math.inf
     newest_at: float = math.inf
+
+    @property
+    def was_used(self) -> bool:
+        """Whether it was ever asked for."""
+        return self.used_at > -math.inf
+
+    def mark(self, *, stale: bool) -> None:
+        """Say in its offer whether the server has stepped back from it."""
+        if self.offer.stale != stale:
+            self.offer = msgspec.structs.replace(self.offer, stale=stale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -303,6 +314,13 @@ class Holdings:
             self._prune()
             return moved
 
+    def hold(self, versions: Mapping[str, int | None]) -> None:
+        """Note at which versions indexes are to stay; None for those that follow the dataset."""
+        with self._one_at_a_time:
+            self.cluster = self.cluster.with_versions(versions)
+            for served in self.cluster.indexes:
+                self._put(served.name, served=served)
+
     def lay_out(self, cluster: ClusterFile) -> None:
         """Take up another layout: the share of this server in it is loaded, and offered beside the old one."""
         with self._one_at_a_time:
@@ -336,7 +354,7 @@ class Holdings:
             opened = None if pinned is None else self._open(shelf, pinned)
         except Exception as exc:  # an edge: whatever it is, what is held goes on being served, and followed
             error = self._known(name, exc)
-            if str(error) != shelf.problem:
+            if shelf.problem is None or shelf.swap is None or shelf.swap.outcome != type(error).__name__:
                 _log.warning("index %r: cannot be moved: %s", name, error)
             swap = Swap(at=now, seconds=time.monotonic() - started, outcome=type(error).__name__, detail=str(error))
             self._put(name, swap=swap, problem=str(error), loading=None)
@@ -366,7 +384,7 @@ class Holdings:
     def _at_moment(self, shelf: Shelf, moment: float | None) -> PinnedDataset | None:
         handle = self._handle(shelf)
         newest = shelf.newest
-        if newest is None and moment is None and shelf.served.version is not None:
+        if shelf.served.version is not None:
             return handle.at_version(shelf.served.version)
         chosen = handle.latest() if moment is None else newest_before(handle, moment)
         if newest is None:
@@ -390,7 +408,7 @@ class Holdings:
     def _same_version(self, shelf: Shelf) -> PinnedDataset:
         if shelf.newest is not None:
             return shelf.newest.view.pinned
-        return _at_version(self._handle(shelf), None if self.cluster.refresh_seconds else shelf.served.version)
+        return _at_version(self._handle(shelf), shelf.served.version)
 
     def _handle(self, shelf: Shelf) -> PinnedDataset:
         # Anew each time: the version that is held may have been cleaned up, and the dataset been written anew.
@@ -408,7 +426,7 @@ class Holdings:
         portion = self._portion(generation)
         before = None if newest is None else newest.view
         read_bytes = new_bytes(generation, portion, before)
-        self._check_ram(generation, portion, read_bytes)
+        self._make_room(shelf, generation, portion, read_bytes)
         key = f"{shelf.served.name}/{at}"
         view = open_view(
             pinned,
@@ -462,6 +480,24 @@ class Holdings:
             of_fragment=functools.partial(place_fragment, weights=weights),
         )
 
+    def _make_room(self, shelf: Shelf, generation: Generation, portion: Portion, read_bytes: int) -> None:
+        """Check that a generation fits, if need be without the snapshots that nobody asks for.
+
+        Raises
+        ------
+        BudgetExceeded
+            With the numbers.
+        """
+        try:
+            self._check_ram(generation, portion, read_bytes)
+        except BudgetExceeded:
+            idle = _idle(shelf, time.monotonic() - self._options.grace_seconds)
+            if not idle:
+                raise
+            self._forget(shelf.served.name, idle)
+            del idle
+            self._check_ram(generation, portion, read_bytes)
+
     def _check_ram(self, generation: Generation, portion: Portion, read_bytes: int) -> None:
         """Refuse to load what does not fit.
 
@@ -510,10 +546,13 @@ class Holdings:
         now = time.monotonic()
         if shelf.newest is not None:
             shelf.newest.newest_at = now
+        held.mark(stale=False)
         # Clients turn to the newest by its order. After a step back, to an older version or a dataset that was written
-        # anew and counts anew, that must not be one from before it.
-        older = {at: each for at, each in shelf.snapshots.items() if each.offer.order < held.offer.order}
-        snapshots = {**older, held.offer.at: held}
+        # anew and counts anew, that must not be one from before it; until all servers have stepped back, it has to be.
+        for each in shelf.snapshots.values():
+            if each is not held and each.offer.order > held.offer.order:
+                each.mark(stale=True)
+        snapshots = {**shelf.snapshots, held.offer.at: held}
         kept = _kept(list(snapshots.values()), now - self._options.grace_seconds)
         self._put(
             name,
@@ -526,23 +565,30 @@ class Holdings:
         self._changed()
         self._let_go([each for each in shelf.snapshots.values() if each not in kept])
 
-    def prune(self) -> None:
-        """Free the older snapshots that nobody has asked for in a while."""
+    def follow_held(self) -> None:
+        """Move to the versions that indexes are to stay at, where the cluster file names others than are held."""
         with self._one_at_a_time:
+            for name, shelf in list(self.shelves.items()):
+                if shelf.served.version not in (None, self.version_of(name)):
+                    self._attempt(name, lambda shelf: self._at_moment(shelf, None))
             self._prune()
+
+    def version_of(self, name: str) -> int | None:
+        """Return the version that an index is at; None while it is not loaded."""
+        newest = self.shelves[name].newest
+        return None if newest is None else newest.offer.version
 
     def _prune(self) -> None:
         since = time.monotonic() - self._options.grace_seconds
         for name, shelf in list(self.shelves.items()):
-            over = [
-                held
-                for held in shelf.snapshots.values()
-                if held is not shelf.newest and max(held.used_at, held.newest_at) < since
-            ]
-            if over:
-                self._put(name, snapshots={at: held for at, held in shelf.snapshots.items() if held not in over})
-                self._changed()
-                self._let_go(over)
+            self._forget(name, _left_behind(shelf, since))
+
+    def _forget(self, name: str, snapshots: Sequence[Held]) -> None:
+        if snapshots:
+            held = self.shelves[name].snapshots
+            self._put(name, snapshots={at: each for at, each in held.items() if each not in snapshots})
+            self._changed()
+            self._let_go(snapshots)
 
     def _let_go(self, snapshots: Sequence[Held] | Any) -> None:
         keys = [f"{held.offer.index}/{held.offer.at}" for held in snapshots]
@@ -569,12 +615,28 @@ def _taken_over(shelf: Shelf | None, served: ServedIndex) -> Shelf:
 def _kept(snapshots: list[Held], since: float) -> list[Held]:
     """Return the snapshots to keep: the newest, and of the others those that are still asked for.
 
-    A server that is slow to move holds all others at the snapshot that it has: they must not forget that one.
+    A server that is slow to move holds all others at the snapshot that it has: they must not forget that one. Who asks
+    for a snapshot has seen it offered by all groups, so the newest that was ever asked for is the one to come back to.
     """
     snapshots.sort(key=lambda held: held.offer.order, reverse=True)
     newest, others = snapshots[:KEPT_SNAPSHOTS], snapshots[KEPT_SNAPSHOTS:]
+    known = next((held for held in snapshots if held.was_used), snapshots[-1])
     wanted = sorted((held for held in others if held.used_at >= since), key=lambda held: held.used_at, reverse=True)
+    if known in others:
+        wanted = [known, *(held for held in wanted if held is not known)]
     return newest + wanted[: MAX_SNAPSHOTS - KEPT_SNAPSHOTS]
+
+
+def _left_behind(shelf: Shelf, since: float) -> list[Held]:
+    """Return the snapshots that all clients have turned away from: a newer one was asked for, they were not of late."""
+    used = [held.offer.order for held in shelf.snapshots.values() if held.was_used]
+    return [held for held in _idle(shelf, since) if used and held.offer.order < max(used)]
+
+
+def _idle(shelf: Shelf, since: float) -> list[Held]:
+    """Return the snapshots that nobody has asked for in a while, the newest left out."""
+    others = (held for held in shelf.snapshots.values() if held is not shelf.newest)
+    return [held for held in others if max(held.used_at, held.newest_at) < since]
 
 
 def give_memory_back() -> None:

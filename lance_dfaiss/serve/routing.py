@@ -168,7 +168,8 @@ def choose_route(index: str, standings: Iterable[Standing]) -> Route | None:
 
 
 def _route(offers: Sequence[tuple[int, Offer]]) -> Route:
-    first = offers[0][1]
+    # A snapshot that one server has stepped back from goes behind others.
+    first = min((offer for _, offer in offers), key=lambda offer: offer.order)
     groups = len(first.rows)
     members: list[list[int]] = [[] for _ in range(groups)]
     payload = frozenset(first.payload)

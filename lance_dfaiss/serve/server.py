@@ -10,7 +10,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from .._version import __version__
 from ..errors import DfaissError
 from ..machine import resident_bytes, usable_cores
 from .answering import Answering, Workload
-from .cluster import ClusterFile, read_cluster
+from .cluster import ClusterFile, read_cluster, write_cluster
 from .holdings import HoldingOptions, Holdings, Swap
 from .metrics import ServerMetrics
 from .page import StatusPort
@@ -193,9 +193,9 @@ class Server:
         """Whether it answers for everything it should."""
         return self.holdings.complete and not self.draining
 
-    def reload(self, index: str | None, version: int | None) -> asyncio.Future[dict[str, Any]]:
+    def reload(self, index: str | None, version: int | None, *, hold: bool) -> asyncio.Future[dict[str, Any]]:
         """Read the cluster file again and move to a version, on the loader's thread."""
-        return self._run(self._reload, index, version)
+        return self._run(self._reload, index, version, hold)
 
     def look(self) -> asyncio.Future[None]:
         """Look for a new cluster file and new versions now, on the loader's thread."""
@@ -294,7 +294,7 @@ class Server:
             self.holdings.follow(self._grid_point())
         else:
             self.holdings.catch_up()
-            self.holdings.prune()
+            self.holdings.follow_held()
 
     def _reread(self) -> None:
         """Take up a new cluster file; one that cannot be read changes nothing."""
@@ -305,6 +305,8 @@ class Server:
         except DfaissError as exc:
             _log.warning("server %d: the cluster file stays as it was: %s", self.config.server_id, exc)
             return
+        if cluster.epoch == self.holdings.cluster.epoch:
+            self.holdings.hold({served.name: served.version for served in cluster.indexes})
         if cluster.epoch <= self.holdings.cluster.epoch:
             return
         if all(entry.id != self.config.server_id for entry in cluster.servers):
@@ -317,9 +319,33 @@ class Server:
         for name in dropped:
             self.metrics.forget(name)
 
-    def _reload(self, index: str | None, version: int | None) -> dict[str, Any]:
+    def _reload(self, index: str | None, version: int | None, hold: bool) -> dict[str, Any]:
         self._reread()
-        return self.holdings.move(index, version)
+        moved = self.holdings.move(index, version)
+        # Where versions are not followed, a server that is started later must come to where this one is now.
+        stays = hold or not self.holdings.cluster.refresh_seconds
+        versions = {name: self.holdings.version_of(name) if stays else None for name in moved}
+        self.holdings.hold(versions)
+        self._write_down(versions)
+        return moved
+
+    def _write_down(self, versions: Mapping[str, int | None]) -> None:
+        """Note in the cluster file at which versions indexes stay, unless another server has."""
+        if self.config.location is None:
+            return
+        options = self.config.holding.storage_options
+        try:
+            cluster = read_cluster(self.config.location, options)
+            noted = cluster.with_versions(versions)
+            if noted != cluster:
+                write_cluster(self.config.location, noted, expected_epoch=cluster.epoch, storage_options=options)
+        except DfaissError as exc:
+            _log.warning(
+                "server %d: a server that is started later may be at another version, for the cluster file cannot be"
+                " changed: %s",
+                self.config.server_id,
+                exc,
+            )
 
     def _offers_changed(self) -> None:
         self._loop.call_soon_threadsafe(self._publish)

@@ -160,6 +160,8 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
         Columns that may be asked for.
     payload : tuple of str
         Those of them that are in RAM.
+    stale : bool
+        The server has stepped back from it, to an older version: others go before.
     """
 
     index: str
@@ -178,11 +180,12 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     column: str
     columns: tuple[str, ...]
     payload: tuple[str, ...]
+    stale: bool = False
 
     @property
-    def order(self) -> tuple[int, int, float, str]:
+    def order(self) -> tuple[int, bool, int, float, str]:
         """Sorts snapshots of an index from old to new."""
-        return self.epoch, self.version, self.committed_at, self.created_at
+        return self.epoch, not self.stale, self.version, self.committed_at, self.created_at
 
 
 class Hello(Message):
@@ -339,13 +342,15 @@ class StatusReply(Message):
 class Reload(Message):
     """Admin: read the cluster file again, and move to a dataset version. Answer: `Done`, once that is offered.
 
-    Without a version, the newest one.
+    Without a version, the newest one. With ``hold`` the index stays there until the next `Reload`, also where servers
+    follow the dataset, and in servers that are started later.
     """
 
     KIND = 22
 
     index: str | None = None
     version: int | None = None
+    hold: bool = False
 
 
 class Drain(Message):

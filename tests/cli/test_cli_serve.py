@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import lance_dfaiss
+from lance_dfaiss.cli.edge import in_command_words
 from lance_dfaiss.serve.cluster import read_cluster
 from tests.cli.helpers import ENVIRONMENT, document, invoke, program, vectors, write
 
@@ -121,6 +122,30 @@ def test_what_is_wrong_with_a_query_is_said(cluster: Serving) -> None:
         assert said in err
     assert "exactly one of" in invoke("query", cluster.file, expect=2)[1]
     assert "--tls-key needs" in invoke("query", cluster.file, "--like-row", "1", "--tls-key", "k", expect=2)[1]
+
+
+def test_remedies_name_the_options_of_the_command_line() -> None:
+    assert in_command_words("Pass token=... to connect") == "Pass --token-file to connect"
+    assert in_command_words("pass allow_partial= to take it") == "pass --allow-partial to take it"
+    assert in_command_words("Pass index=, one of a, b") == "Pass --index, one of a, b"
+
+
+def test_a_start_that_is_interrupted_leaves_no_server(words: str, tmp_path: Path) -> None:
+    command = program("--log-level", "info", "serve", words, "--cluster-file", str(tmp_path / "c.json"))
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        until(lambda: bool(children(process.pid)))
+        pids = children(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        assert "interrupted" in process.stderr.read()
+    assert process.returncode == 130
+    assert all(map(gone, pids))
+
+
+def children(pid: int) -> list[int]:
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
 
 
 def test_status_shows_servers_and_indexes(cluster: Serving) -> None:

@@ -349,6 +349,17 @@ def test_the_error_of_a_server_process_arrives_as_it_is(served: ServedIndex, tmp
     assert any(line.startswith("error: ") for line in lines)
 
 
+def test_a_server_that_hangs_is_killed_when_the_cluster_stops(served: ServedIndex, tmp_path: Path) -> None:
+    with LocalCluster([served], cluster_file=tmp_path / "c.json", stop_seconds=0.2, http=False) as cluster:
+        [pid] = cluster.pids.values()
+        os.kill(pid, signal.SIGSTOP)
+    assert gone(pid)
+    assert cluster.states == {0: State.STOPPED}
+    cluster.stop()  # again, to no effect
+    with pytest.raises(CannotServe, match="started already"):
+        cluster.start()
+
+
 def test_servers_end_with_a_launcher_that_is_killed(served: ServedIndex, tmp_path: Path) -> None:
     code = """
 import sys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -432,6 +433,84 @@ def test_a_truncated_frame(client: RawClient, pair: Cluster, data: Data) -> None
         other.wait_for_end()
     until(lambda: len(pair.servers[0].server.answering.peers) == before)
     served_still(client, data)
+
+
+# What one client may not take from the others.
+
+
+def test_somebody_who_says_nothing(pair: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lance_dfaiss.serve.peer.HELLO_SECONDS", 0.05)
+    with RawClient(pair.servers[0].address, hello=False) as silent, RawClient(pair.servers[0].address) as known:
+        assert silent.wait_for_end() is None
+        known.ask(wire.Status())
+
+
+def test_too_many_connections(pair: Cluster, client: RawClient, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering = pair.servers[0].server.answering
+    monkeypatch.setattr("lance_dfaiss.serve.answering.MAX_CONNECTIONS", len(answering.peers))
+    with RawClient(pair.servers[0].address, hello=False) as other:
+        assert "as many connections as it takes" in str(other.wait_for_end())
+    served_still(client, data)
+    until(lambda: len(answering.peers) == 1)
+    monkeypatch.undo()
+    with RawClient(pair.servers[0].address) as other:
+        served_still(other, data)
+
+
+def test_too_much_that_waits(own: tuple[Running, Data], monkeypatch: pytest.MonkeyPatch) -> None:
+    server, data = own
+    query = data.queries[:1].tobytes()
+    monkeypatch.setattr("lance_dfaiss.serve.answering.MAX_HELD_BYTES", 3 * len(query))
+    with RawClient(server.address) as client, Door(server) as door:
+        asked = [client.send(knn(client, k=k), query) for k in (3, 4, 5)]
+        with pytest.raises(Overloaded, match="bytes of requests"):
+            client.ask(knn(client), query)
+        client.send(wire.Cancel(), request_id=asked.pop())
+        asked.append(client.send(knn(client, k=6), query))
+        door.open()
+        assert all(isinstance(client.expect(request_id)[0], wire.KnnReply) for request_id in asked)
+        for _ in range(5):
+            client.ask(knn(client), query)
+    assert server.server.answering._held_bytes == 0
+
+
+def test_too_much_that_is_unfinished(own: tuple[Running, Data], monkeypatch: pytest.MonkeyPatch) -> None:
+    server, data = own
+    answering = server.server.answering
+    monkeypatch.setattr("lance_dfaiss.serve.answering.MAX_UNFINISHED_BYTES", 4_000)
+    with RawClient(server.address) as client, RawClient(server.address) as first, RawClient(server.address) as second:
+        frame = b"".join(wire.encode(knn(client, 100), 1, [np.resize(data.queries, (100, DIM)).tobytes()]))
+        first.sock.sendall(frame[:3_000])
+        until(lambda: answering._unfinished_bytes == 3_000)
+        second.sock.sendall(frame[:3_000])
+        assert "unfinished requests" in str(second.wait_for_end())
+        until(lambda: answering._unfinished_bytes == 3_000)
+        served_still(client, data)
+        first.sock.sendall(frame[3_000:])
+        assert isinstance(first.expect(1)[0], wire.KnnReply)
+    until(lambda: answering._unfinished_bytes == 0)
+
+
+def test_too_many_that_read(own: tuple[Running, Data], monkeypatch: pytest.MonkeyPatch) -> None:
+    server, data = own
+    monkeypatch.setattr("lance_dfaiss.serve.answering.MAX_READS", 2)
+    gate, fetch = threading.Event(), View.fetch
+
+    def held_up(view: View, *args: Any) -> pa.Table:
+        assert gate.wait(30)
+        return fetch(view, *args)
+
+    monkeypatch.setattr(View, "fetch", held_up)
+    row_ids = np.arange(4, 6, dtype=np.uint64).tobytes()
+    with RawClient(server.address) as client:
+        message = wire.Fetch(index="near", at=client.offer("near").at, n=2, columns=("word",))
+        asked = [client.send(message, row_ids) for _ in range(2)]
+        with pytest.raises(Overloaded, match="read data"):
+            client.ask(message, row_ids)
+        served_still(client, data)  # searches go on meanwhile
+        gate.set()
+        assert all(isinstance(client.expect(request_id)[0], wire.TableReply) for request_id in asked)
+        client.ask(message, row_ids, expected=wire.TableReply)
 
 
 # The queue.

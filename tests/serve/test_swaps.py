@@ -444,6 +444,41 @@ def test_a_server_joins_and_leaves_under_load(tmp_path: Path) -> None:
         assert load.count > count + 20
 
 
+def test_another_dataset_under_the_same_name(tmp_path: Path) -> None:
+    # Blue and green: the cluster file is written anew, and no query fails or meets a bit of both.
+    for colour in ("blue", "green"):
+        (tmp_path / colour).mkdir()
+    blue, green = World(tmp_path / "blue"), World(tmp_path / "green", num_partitions=4, seed=3)
+    for _ in range(3):
+        blue.append()  # its version is the higher one
+    with running(
+        tmp_path, blue.served, servers=4, replicas=2, refresh_seconds=REFRESH, settings=_settings()
+    ) as cluster:
+        truth = {world: Exact(world.dataset, "l2") for world in (blue, green)}
+        assert len(truth[blue]) != len(truth[green])
+        seen: list[World] = []
+        with lance_dfaiss.connect(cluster.location, timeout=30) as client:
+
+            def ask() -> bool:
+                query = clustered(1, DIM, len(seen) % 7)
+                distances, row_ids = client.knn(query, 1_000)
+                found = row_ids[0][np.isfinite(distances[0])]
+                world = blue if len(found) == len(truth[blue]) else green
+                seen.append(world)
+                assert set(found.tolist()) == set(truth[world].row_ids.tolist())
+                assert_exact(truth[world], query, distances[:, :50], row_ids[:, :50], scale=300)
+                return world is green
+
+            assert not ask()
+            write_cluster(cluster.location, replace(cluster.file, epoch=2, indexes=green.served))
+            until(ask)
+            for _ in range(20):
+                assert ask()
+            until(lambda: all(server.server.ready for server in cluster.servers))
+            for server in cluster.servers:
+                assert _version(server) == green.dataset.version
+
+
 def test_servers_that_start_at_different_times_agree(tmp_path: Path) -> None:
     world = World(tmp_path)
     with running(tmp_path, world.served, servers=1, refresh_seconds=0.4, settings=_settings()) as cluster:
