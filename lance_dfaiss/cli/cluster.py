@@ -159,20 +159,19 @@ def _index_of(name: str, cluster: ClusterFile, told: Told) -> dict[str, Any]:
     """Return what is served of one index: the newest snapshot that all groups have, else the newest of any."""
     shown = {server: _status_of(name, found) for server, found in told.items()}
     held: dict[str, set[int]] = {}
+    places: dict[str, int] = {}
     snapshots = {}
     for entry in cluster.servers:
         found = shown[entry.id]
-        for snapshot in () if found is None else found["snapshots"]:
-            snapshots[snapshot["at"]] = snapshot
-            held.setdefault(snapshot["at"], set()).add(entry.group)
-    newest = max(
+        # Each server lists first what it would have clients ask for, which after a step back is no newer version.
+        for place, snapshot in enumerate(() if found is None else found["snapshots"]):
+            at = snapshot["at"]
+            snapshots[at] = snapshot
+            held.setdefault(at, set()).add(entry.group)
+            places[at] = min(place, places.get(at, place))
+    newest = min(
         snapshots.values(),
-        key=lambda each: (
-            len(held[each["at"]]) == cluster.groups,
-            each["epoch"],
-            each["version"],
-            each["committed_at"],
-        ),
+        key=lambda each: (len(held[each["at"]]) < cluster.groups, places[each["at"]], -each["version"]),
         default=None,
     )
     if newest is None:

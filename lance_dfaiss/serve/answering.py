@@ -8,35 +8,34 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
-import pyarrow as pa
 
 from ..errors import (
     AccessDenied,
     DeadlineExceeded,
     DfaissError,
     InvalidArgument,
-    Overloaded,
     ProtocolError,
     ServerFailed,
     Unavailable,
-    UnknownColumn,
 )
 from ..search.arguments import checked_radius
 from ..search.trace import Trace
-from ..search.view import Selection
+from ..search.view import Selection, View
 from ..search.widths import Widths
 from ..types import MISSING_ROW_ID, Float32Array, UInt64Array
 from ..vectors import as_queries
 from .batcher import Batch, Batcher, Slice, Waiting
+from .gates import ENDINGS, Gate, Together
 from .holdings import Held, Holdings
 from .lane import Lane, Outcome
 from .metrics import ServerMetrics, Stage
 from .peer import Peer, Ticket
+from .reading import MAX_FETCH_ROWS, Reading
+from .refusals import over_limit, overloaded, too_late, too_long
 from .security import Access, Rights
 from .sql import check_filter
 from .wire import (
@@ -54,11 +53,9 @@ from .wire import (
     Range,
     RangeReply,
     Reconstruct,
-    ReconstructReply,
     Reload,
     Status,
     StatusReply,
-    TableReply,
     decode,
     failure_of,
     joined_results,
@@ -73,28 +70,23 @@ _log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 2_048
 """Connections of one server: each may hold a few megabytes of a frame that is not complete."""
 
-MAX_READS = 256
-"""Requests that wait for, or are on, the threads that read data."""
-
-MAX_COLUMNS = 1_000
-"""Columns in one request."""
-
-MAX_FETCH_ROWS = 1_000_000
-"""Rows in one request for columns: they are in RAM together."""
-
-MAX_EXPRESSIONS = 64
-MAX_EXPRESSION_CHARS = 1_024
-MAX_EXPRESSION_ROWS = 10_000
-"""Of columns that are computed: a value is about as long as its expression, so all of it is some hundred megabytes."""
-
 MAX_HELD_BYTES = 1024**3
 """Payloads of all requests that wait: many small ones are bounded by their number, a few large ones by this."""
 
 MAX_UNFINISHED_BYTES = 1024**3
 """Of frames that have not arrived completely, over all connections."""
 
+MAX_UNSENT_BYTES = 1024**3
+"""Of answers that clients have not read, over all connections."""
+
 MAX_CANDIDATES = 1_000_000
 """Candidates of one query, and width of a graph search: beyond that, one query is as much work as a hundred."""
+
+MAX_BATCH_CANDIDATES = 2_000_000
+"""The same of all queries that are searched in one call: some ten bytes each, and more where they are ranked again."""
+
+MAX_FREE_HEADER_BYTES = 512
+"""Longer headers are counted like payloads: filters and lists of columns."""
 
 RESULT_BYTES = 12
 """A distance and a row id."""
@@ -144,6 +136,8 @@ class _Search(NamedTuple):
     widths: Widths
     selection: Selection
     trace: Trace | None
+    most: int
+    """Queries in one call."""
 
 
 class _Within(NamedTuple):
@@ -154,6 +148,7 @@ class _Within(NamedTuple):
     nprobe: int | None
     selection: Selection
     ticket: Ticket
+    most: int = 1
 
 
 @dataclass(slots=True, eq=False)
@@ -207,14 +202,19 @@ class Answering:
         self._access = access
         self._metrics = metrics
         self._control = control
+        self._reading = Reading(holdings.allowed_columns)
         # Apart, so that slow filters never hold up fetches.
-        self._filters = ThreadPoolExecutor(FILTER_THREADS, "lance-dfaiss-filter")
-        self._fetches = ThreadPoolExecutor(FETCH_THREADS, "lance-dfaiss-fetch")
-        self._reads = 0
+        self._filters = Gate("filters", "lance-dfaiss-filter", FILTER_THREADS)
+        self._fetches = Gate("requests that read data", "lance-dfaiss-fetch", FETCH_THREADS)
+        self._selecting: Together[Selection] = Together()
         self._held_bytes = 0
         self._unfinished_bytes = 0
+        self._unsent_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        batcher: Batcher[Any] = Batcher(max_waiting=workload.max_waiting, max_batch=workload.max_batch)
+        self._max_batch = workload.max_batch
+        batcher: Batcher[Any] = Batcher(
+            max_waiting=workload.max_waiting, max_batch=workload.max_batch, most=lambda key: key.most
+        )
         self.lane = Lane(batcher, self._search, self._deliver, threads=workload.threads)
         self._handlers: dict[int, Callable[[Peer, Frame], None]] = {
             Knn.KIND: self._knn,
@@ -235,8 +235,8 @@ class Answering:
     def stop(self) -> None:
         """End the threads; what they have not begun is forgotten."""
         self.lane.stop()
-        for pool in (self._filters, self._fetches):
-            pool.shutdown(wait=True, cancel_futures=True)
+        for gate in (self._filters, self._fetches):
+            gate.stop()
 
     def publish(self, offers: Offers) -> None:
         """Tell all clients what can be asked for now."""
@@ -264,11 +264,21 @@ class Answering:
 
     def dropped(self, ticket: Ticket) -> None:
         """Stop working on a request that nobody waits for."""
-        self._held_bytes -= ticket.length_bytes
-        ticket.length_bytes = 0
+        if ticket.task is None:
+            self._release(ticket)
+        else:
+            ticket.task.cancel()  # what it holds is let go when it has ended
         results = ticket.work
         if isinstance(results, _Results) and results.waiting is not None:
             self.lane.drop(results.waiting)
+
+    def unsent(self, more_bytes: int) -> bool:
+        """Note that so many more bytes of answers wait to be read; False if there are too many."""
+        self._unsent_bytes += more_bytes
+        if self._unsent_bytes > MAX_UNSENT_BYTES:
+            # Counted when something was sent last; since then some of it was read.
+            self._unsent_bytes += sum(peer.recount() for peer in self.peers)
+        return self._unsent_bytes <= MAX_UNSENT_BYTES
 
     def handle(self, peer: Peer, frame: Frame) -> None:
         """Answer a request, now or later.
@@ -299,13 +309,16 @@ class Answering:
     def _open(self, peer: Peer, frame: Frame, kind: str, timeout: float | None, queries: int = 1) -> Ticket:
         """Note a request, if the client has not too many already."""
         now = time.monotonic()
-        ticket = Ticket(peer, frame.request_id, kind, now, _deadline(now, timeout), queries, len(frame.payload))
+        length_bytes = len(frame.payload)
+        if len(frame.header) > MAX_FREE_HEADER_BYTES:
+            length_bytes += len(frame.header)
+        ticket = Ticket(peer, frame.request_id, kind, now, _deadline(now, timeout), queries, length_bytes)
         peer.pending[frame.request_id] = ticket
         self._held_bytes += ticket.length_bytes
         if self._held_bytes > MAX_HELD_BYTES:
-            raise _overloaded("bytes of requests", self._held_bytes, MAX_HELD_BYTES)
+            raise overloaded("bytes of requests", self._held_bytes, MAX_HELD_BYTES)
         if len(peer.pending) > self.limits.pending:
-            raise _overloaded("requests of this connection", len(peer.pending), self.limits.pending)
+            raise overloaded("requests of this connection", len(peer.pending), self.limits.pending)
         return ticket
 
     def _knn(self, peer: Peer, frame: Frame) -> None:
@@ -314,18 +327,18 @@ class Answering:
         held = self._holdings.find(message.index, message.at)
         self._check_sizes(message.n, message.k)
         view = held.view
-        queries, _ = as_queries(
-            queries_of(frame.payload, message.n, view.model.spec.dim, message.dtype), view.model.spec.dim, view.metric
-        )
+        queries = _queries(frame, message.n, view, message.dtype)
         widths = view.widths(message.nprobe, message.ef, message.k_factor)
         for parameter, value in (("k_factor", message.k * widths.k_factor), ("ef", widths.ef)):
             if value > MAX_CANDIDATES:
-                raise _over_limit(parameter, value, MAX_CANDIDATES)
-        ticket.work = _Results(held, self._in_ram(held, message.columns))
+                raise over_limit(parameter, value, MAX_CANDIDATES)
+        ticket.work = _Results(held, self._reading.check_in_ram(held, message.columns))
         trace = Trace() if message.explain else None
+        candidates = max(message.k * widths.k_factor, widths.ef)
+        most = max(1, min(self._max_batch, MAX_BATCH_CANDIDATES // candidates))
 
         def submit(selection: Selection) -> None:
-            key = _Search(held, message.k, widths, selection, trace)
+            key = _Search(held, message.k, widths, selection, trace, most)
             self._submit(ticket, Waiting(key, queries, ticket.deadline, ticket, ticket.started))
 
         self._select(ticket, held, message.filter, message.tail, submit, trace)
@@ -335,12 +348,10 @@ class Answering:
         ticket = self._open(peer, frame, "range", message.timeout)
         held = self._holdings.find(message.index, message.at)
         view = held.view
-        query, _ = as_queries(
-            queries_of(frame.payload, 1, view.model.spec.dim, message.dtype), view.model.spec.dim, view.metric
-        )
+        query = _queries(frame, 1, view, message.dtype)
         view.widths(message.nprobe, None, None)
         radius = checked_radius(message.radius, view.metric)
-        ticket.work = _Results(held, self._in_ram(held, message.columns))
+        ticket.work = _Results(held, self._reading.check_in_ram(held, message.columns))
 
         def submit(selection: Selection) -> None:
             key = _Within(held, radius, message.nprobe, selection, ticket)
@@ -353,30 +364,19 @@ class Answering:
         ticket = self._open(peer, frame, "fetch", message.timeout, message.n)
         held = self._holdings.find(message.index, message.at)
         if not 0 <= message.n <= MAX_FETCH_ROWS:
-            raise _over_limit("row_ids", message.n, MAX_FETCH_ROWS)
+            raise over_limit("row_ids", message.n, MAX_FETCH_ROWS)
         row_ids = row_ids_of(frame.payload, message.n)
-        columns = self._readable(held, message.columns, message.n)
-
-        def read() -> tuple[Message, list[Buffer]]:
-            table = held.view.fetch(row_ids, columns)
-            return TableReply(rows=len(table)), [_stream(table)]
-
-        self._read(self._fetches, ticket, "fetch", read)
+        columns = self._reading.checked_columns(held, message.columns, message.n)
+        self._read(ticket, "fetch", lambda: self._reading.columns(held, row_ids, columns, ticket.check))
 
     def _reconstruct(self, peer: Peer, frame: Frame) -> None:
         message: Reconstruct = decode(frame, Reconstruct)
         ticket = self._open(peer, frame, "reconstruct", message.timeout, message.n)
         held = self._holdings.find(message.index, message.at)
+        self._reading.check_vectors(held)
         self._check_answer(message.n * held.view.model.spec.dim * 4, "row_ids")
         row_ids = row_ids_of(frame.payload, message.n)
-
-        def read() -> tuple[Message, list[Buffer]]:
-            here = held.view.holds(row_ids)
-            vectors = held.view.vectors(row_ids[here])
-            reply = ReconstructReply(n=len(row_ids), held=len(vectors), dim=held.view.model.spec.dim)
-            return reply, [here.astype(np.uint8).tobytes(), vectors.astype("<f4", copy=False).tobytes()]
-
-        self._read(self._fetches, ticket, "fetch", read)
+        self._read(ticket, "fetch", lambda: self._reading.vectors(held, row_ids))
 
     def _status(self, peer: Peer, frame: Frame) -> None:
         ticket = self._open(peer, frame, "status", None)
@@ -384,7 +384,7 @@ class Answering:
         async def status() -> Message:
             return StatusReply(status=dict(await self._control.status()))
 
-        self._later(ticket, status())
+        self._later(ticket, status)
 
     def _reload(self, peer: Peer, frame: Frame) -> None:
         message: Reload = decode(frame, Reload)
@@ -394,7 +394,7 @@ class Answering:
         async def reload() -> Message:
             return Done(facts={"at": await self._control.reload(message.index, message.version, hold=message.hold)})
 
-        self._later(ticket, reload())
+        self._later(ticket, reload)
 
     def _drain(self, peer: Peer, frame: Frame) -> None:
         ticket = self._open(peer, frame, "drain", None)
@@ -412,85 +412,12 @@ class Answering:
         limits = self.limits
         for parameter, value, most in (("k", k, limits.k), ("queries", queries, limits.queries)):
             if not 1 <= value <= most:
-                raise _over_limit(parameter, value, most)
+                raise over_limit(parameter, value, most)
         self._check_answer(queries * k * RESULT_BYTES, "k")
 
     def _check_answer(self, length_bytes: int, parameter: str) -> None:
         if length_bytes > self.limits.frame_bytes:
-            raise InvalidArgument(
-                f"the answer would have {length_bytes:,} bytes, this server sends at most {self.limits.frame_bytes:,}",
-                remedy="Ask for less at once",
-                parameter=parameter,
-                value=length_bytes,
-            )
-
-    def _in_ram(self, held: Held, columns: tuple[str, ...]) -> tuple[str, ...]:
-        """Check that columns asked for with a search are in RAM."""
-        missing = [name for name in columns if name not in held.offer.payload]
-        if missing:
-            self._readable(held, columns, 0)
-            raise InvalidArgument(
-                f"column {missing[0]!r} is not held in RAM by this server",
-                remedy="Fetch it by row id",
-                parameter="columns",
-                value=missing[0],
-            )
-        return columns
-
-    def _readable(
-        self, held: Held, columns: tuple[str, ...] | dict[str, str] | None, rows: int
-    ) -> list[str] | dict[str, str] | None:
-        """Check that columns may be seen, and return them as Lance takes them."""
-        allowed = self._holdings.allowed_columns
-        if columns is None:
-            return None if allowed is None else list(held.offer.columns)
-        if len(columns) > MAX_COLUMNS:
-            raise InvalidArgument(
-                f"{len(columns)} columns in one request, at most {MAX_COLUMNS} are fetched",
-                parameter="columns",
-                value=len(columns),
-            )
-        if isinstance(columns, dict):
-            self._check_expressions(columns, rows)
-            return columns
-        for name in columns:
-            root = name.split(".")[0]
-            if name in held.offer.columns or root in held.offer.columns or (allowed is None and name.startswith("_")):
-                continue
-            if allowed is not None:  # whether there is such a column is not told either
-                raise AccessDenied(
-                    f"column {name!r} is not among those that clients of this server may see",
-                    remedy=f"These are {', '.join(held.offer.columns)}",
-                )
-            raise UnknownColumn(
-                f"there is no column {name!r}",
-                remedy=f"There is {', '.join(held.offer.columns)}",
-                column=name,
-                available=held.offer.columns,
-            )
-        return list(columns)
-
-    def _check_expressions(self, columns: dict[str, str], rows: int) -> None:
-        """Check columns that are computed: in this process, so there must not be much of it.
-
-        Raises
-        ------
-        InvalidArgument
-            If there are too many, they are too long, or of too many rows.
-        FilterRefused, AccessDenied
-            As `sql.check_filter` does.
-        """
-        plain = all(columns[name] in (name, f"`{name}`") for name in columns)
-        longest = max(map(len, columns.values()), default=0)
-        for parameter, value, most in (
-            ("columns", len(columns), MAX_EXPRESSIONS),
-            ("columns", longest, MAX_EXPRESSION_CHARS),
-            ("row_ids", rows, MAX_FETCH_ROWS if plain else MAX_EXPRESSION_ROWS),
-        ):
-            if value > most:
-                raise _over_limit(parameter, value, most)
-        for expression in columns.values():
-            check_filter(expression, columns=self._holdings.allowed_columns)
+            raise too_long(parameter, length_bytes, self.limits.frame_bytes)
 
     def _select(
         self,
@@ -503,25 +430,27 @@ class Answering:
     ) -> None:
         """Find out what to look at, on this thread if that is known, and go on."""
         view = held.view
-        if filter_sql is not None:
-            check_filter(filter_sql, columns=self._holdings.allowed_columns)
+        # What is known was checked before: a check may take as long as many searches.
         selection = None if trace is not None else view.cached(filter_sql, include_tail=tail)
         if selection is not None:
             submit(selection)
             return
 
         def evaluate() -> Selection:
+            if filter_sql is not None:
+                check_filter(filter_sql, columns=self._holdings.allowed_columns)
             return view.select(filter_sql, include_tail=tail, trace=trace)
 
         async def select() -> None:
-            with self._reading():
-                started = time.monotonic()
-                found = await self._loop.run_in_executor(self._filters, evaluate)
-                self._metrics.stage("filter", time.monotonic() - started)
+            started = time.monotonic()
+            # A search that is explained tells of its own filter.
+            key = (view, filter_sql, tail, trace)
+            found = await self._selecting.get(key, lambda: self._filters.run(evaluate))
+            self._metrics.stage("filter", time.monotonic() - started)
             if not ticket.gone:
                 submit(found)
 
-        self._later(ticket, select())
+        self._later(ticket, select)
 
     def _submit(self, ticket: Ticket, waiting: Waiting[Any]) -> None:
         results: _Results = ticket.work
@@ -529,45 +458,53 @@ class Answering:
         self.lane.submit(waiting)
         results.waiting = waiting  # only now: what was never in the queue must not be taken out of it
 
-    def _read(
-        self, pool: Executor, ticket: Ticket, stage: Stage, read: Callable[[], tuple[Message, list[Buffer]]]
-    ) -> None:
+    def _read(self, ticket: Ticket, stage: Stage, read: Callable[[], tuple[Message, list[Buffer]]]) -> None:
         """Answer from a thread that reads."""
 
         async def answer() -> None:
-            with self._reading():
-                started = time.monotonic()
-                message, payload = await self._loop.run_in_executor(pool, read)
-                self._metrics.stage(stage, time.monotonic() - started)
+            started = time.monotonic()
+            message, payload = await self._fetches.run(read)
+            self._metrics.stage(stage, time.monotonic() - started)
             self._finish(ticket, message, payload)
 
-        self._later(ticket, answer())
+        self._later(ticket, answer)
 
-    @contextlib.contextmanager
-    def _reading(self) -> Any:
-        if self._reads >= MAX_READS:
-            raise _overloaded("requests that read data", self._reads, MAX_READS)
-        self._reads += 1
-        try:
-            yield
-        finally:
-            self._reads -= 1
-
-    def _later(self, ticket: Ticket, work: Awaitable[Message | None]) -> None:
+    def _later(self, ticket: Ticket, work: Callable[[], Awaitable[Message | None]]) -> None:
         """Run what takes longer; its message, if it has one, or its failure is the answer."""
+        timer: asyncio.TimerHandle | None = None
 
         async def run() -> None:
             try:
-                message = await work
-            except Exception as exc:  # an edge: it belongs to the request
-                self._fail(ticket, exc)
-            else:
+                message = await work()
                 if message is not None:
                     self._finish(ticket, message)
+            except ENDINGS:
+                raise
+            except BaseException as exc:  # an edge: it belongs to the request
+                self._fail(ticket, exc)
 
-        task = self._loop.create_task(run())
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if timer is not None:
+                timer.cancel()
+            if ticket.task is task:
+                ticket.task = None
+            if ticket.gone and ticket.task is None:
+                self._release(ticket)
+
+        ticket.task = task = self._loop.create_task(run())
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(ended)
+        if ticket.deadline < math.inf:
+            timer = self._loop.call_later(ticket.deadline - time.monotonic(), self._expire, ticket)
+
+    def _expire(self, ticket: Ticket) -> None:
+        self._fail(ticket, too_late(ticket.deadline - ticket.started))
+
+    def _release(self, ticket: Ticket) -> None:
+        """Count the payload of a request no more."""
+        self._held_bytes -= ticket.length_bytes
+        ticket.length_bytes = 0
 
     def _search(self, batch: Batch) -> Sequence[Outcome]:
         """Search a batch; on the lane's thread."""
@@ -610,7 +547,7 @@ class Answering:
         for ticket, outcome in outcomes:
             if ticket.gone:
                 continue
-            if isinstance(outcome, Exception):
+            if isinstance(outcome, BaseException):
                 self._fail(ticket, outcome)
             elif self._add(ticket, *outcome):
                 try:
@@ -642,7 +579,7 @@ class Answering:
         assert results.row_ids is not None
         now = time.monotonic()
         if now > ticket.deadline:
-            self._fail(ticket, _too_late(ticket))
+            self._expire(ticket)
             return
         n, width = results.distances.shape
         reply: Message
@@ -666,12 +603,10 @@ class Answering:
         row_ids = results.row_ids[results.row_ids != MISSING_ROW_ID]
 
         def read() -> tuple[Message, list[Buffer]]:
-            held = results.held
-            assert held.payload is not None
-            table = held.payload.take(held.view.result_addresses(row_ids)).select(list(results.columns))
-            return reply, [*payload, _stream(table)]
+            columns = self._reading.columns_in_ram(results.held, row_ids, results.columns, ticket.check)
+            return reply, [*payload, columns]
 
-        self._read(self._fetches, ticket, "encode", read)
+        self._read(ticket, "encode", read)
 
     def _finish(self, ticket: Ticket, message: Message, payload: Sequence[Buffer] = ()) -> None:
         if ticket.gone:
@@ -679,11 +614,12 @@ class Answering:
         ticket.peer.send(message, ticket.request_id, payload)  # first: it may be too long, and then fails
         del ticket.peer.pending[ticket.request_id]
         ticket.gone = True
-        self._held_bytes -= ticket.length_bytes
+        if ticket.task is None:  # or it is let go with the task
+            self._release(ticket)
         self._metrics.answered(ticket.kind, "ok", ticket.queries, time.monotonic() - ticket.started)
         _log.debug("%s of %s answered: %d queries", ticket.kind, ticket.peer.name, ticket.queries)
 
-    def _fail(self, ticket: Ticket, error: Exception) -> None:
+    def _fail(self, ticket: Ticket, error: BaseException) -> None:
         if ticket.gone:
             return
         self.dropped(ticket)
@@ -711,43 +647,19 @@ def _deadline(now: float, timeout: float | None) -> float:
     return now + timeout
 
 
-def _too_late(ticket: Ticket) -> DeadlineExceeded:
-    seconds = ticket.deadline - ticket.started
-    return DeadlineExceeded(
-        f"the search took longer than the {seconds:.3f} s that it had",
-        remedy="Give it more time, or the cluster more replicas",
-        seconds=seconds,
-    )
-
-
-def _overloaded(what: str, waiting: int, most: int) -> Overloaded:
-    return Overloaded(
-        f"{waiting} {what} are waiting, and this server takes {most}",
-        remedy="Try again later, send fewer at once, or add replicas",
-        waiting=waiting,
-        retry_after_seconds=0.05,
-    )
-
-
-def _over_limit(parameter: str, value: int, most: int) -> InvalidArgument:
-    return InvalidArgument(
-        f"{parameter} must be between 1 and {most:,} on this server, not {value:,}",
-        remedy="Ask for fewer at once",
-        parameter=parameter,
-        value=value,
-    )
+def _queries(frame: Frame, n: int, view: View, dtype: str) -> Float32Array:
+    """Return the queries of a request, checked."""
+    dim = view.model.spec.dim
+    try:
+        raw = queries_of(frame.payload, n, dim, dtype)
+    except ProtocolError as exc:  # of this request only: the index may be another one than the client has seen
+        raise InvalidArgument(exc.message, remedy=exc.remedy, parameter="queries", value=len(frame.payload)) from exc
+    return as_queries(raw, dim, view.metric)[0]
 
 
 def _check_admin(peer: Peer) -> None:
     if not peer.admin:
         raise AccessDenied("that is for admins", remedy="Connect with the admin token")
-
-
-def _stream(table: pa.Table) -> Buffer:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return memoryview(sink.getvalue())
 
 
 def _snapshot(held: Held) -> dict[str, Any]:
@@ -759,19 +671,6 @@ def _snapshot(held: Held) -> dict[str, Any]:
         "masked_rows": int(snapshot.masked_rows),
         "mapped_rows": int(snapshot.mapped_rows),
         "tail_rows": int(held.view.tail.rows),
-    }
-    return {"name": "snapshot", "seconds": 0.0, "facts": facts}
-
-
-def _snapshot_of(held: Held) -> dict[str, Any]:
-    """Return what a search was about, as the first of its stages."""
-    snapshot = held.view.snapshot
-    facts = {
-        "live_rows": snapshot.live_rows,
-        "masked_rows": snapshot.masked_rows,
-        "mapped_rows": snapshot.mapped_rows,
-        "tail_rows": held.view.tail.rows,
-        "factory": held.view.generation.manifest.spec.factory,
     }
     return {"name": "snapshot", "seconds": 0.0, "facts": facts}
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
 
 from ..types import Float32Array
 
 __all__ = ["Batch", "Batcher", "Slice", "Waiting"]
 
 K = TypeVar("K", bound=Hashable)
+
+_MOST_GONE = 1_024
+_NOTHING = np.zeros((0, 0), np.float32)
 
 
 @dataclass(slots=True, eq=False)
@@ -74,13 +79,17 @@ class Batcher(Generic[K]):
         Queries that may wait. One request alone may have more.
     max_batch : int
         Queries in one batch.
+    most : callable, optional
+        Given a key, the same for its batches, if that is less; at least 1.
     """
 
-    def __init__(self, *, max_waiting: int, max_batch: int) -> None:
+    def __init__(self, *, max_waiting: int, max_batch: int, most: Callable[[K], int] | None = None) -> None:
         self.max_waiting = max_waiting
         self.max_batch = max_batch
         self.waiting = 0
         """Queries that wait."""
+        self._most = most
+        self._gone = 0
         self._turns: OrderedDict[K, deque[Waiting[K]]] = OrderedDict()
 
     def offer(self, request: Waiting[K]) -> bool:
@@ -98,25 +107,45 @@ class Batcher(Generic[K]):
 
     def drop(self, request: Waiting[K]) -> None:
         """Forget a request whose answer nobody wants any more; what was taken of it is not affected."""
+        if request.gone:
+            return
         self.waiting -= request.left
         request.gone = True
+        if not request.taken:
+            request.queries = _NOTHING  # megabytes, perhaps
+        self._gone += 1
+        if self._gone > _MOST_GONE:
+            self._sweep()
 
     def take(self, now: float) -> tuple[Batch | None, list[Waiting[K]]]:
         """Return what to search next, if anything waits, and the requests whose time was over before their turn."""
         expired: list[Waiting[K]] = []
         while self._turns:
             key, queue = self._turns.popitem(last=False)
-            slices, count = self._from(queue, now, expired)
+            most = self.max_batch if self._most is None else min(self.max_batch, self._most(key))
+            slices, count = self._from(queue, most, now, expired)
             if queue:
                 self._turns[key] = queue
             if slices:
                 return Batch(key, slices, count), expired
         return None, expired
 
-    def _from(self, queue: deque[Waiting[K]], now: float, expired: list[Waiting[K]]) -> tuple[list[Slice], int]:
+    def _sweep(self) -> None:
+        """Take those that are gone out of the queue; now and then, as that looks at all of it."""
+        self._gone = 0
+        for key, queue in list(self._turns.items()):
+            left = deque(request for request in queue if not request.gone)
+            if left:
+                self._turns[key] = left
+            else:
+                del self._turns[key]
+
+    def _from(
+        self, queue: deque[Waiting[K]], most: int, now: float, expired: list[Waiting[K]]
+    ) -> tuple[list[Slice], int]:
         slices: list[Slice] = []
         count = 0
-        while queue and count < self.max_batch:
+        while queue and count < most:
             request = queue[0]
             if request.gone:
                 queue.popleft()
@@ -127,7 +156,7 @@ class Batcher(Generic[K]):
                 expired.append(request)
                 continue
             start = request.taken
-            stop = min(len(request.queries), start + self.max_batch - count)
+            stop = min(len(request.queries), start + most - count)
             slices.append(Slice(request, start, stop))
             request.taken = stop
             count += stop - start

@@ -86,9 +86,8 @@ class Job:
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Run it."""
-        if not self.slot.done():
-            self.task = loop.create_task(self.make())
-            self.task.add_done_callback(self._finished)
+        self.task = loop.create_task(self.make())
+        self.task.add_done_callback(self._finished)
 
     def leave(self) -> None:
         """Nobody waits for it any more."""
@@ -167,10 +166,14 @@ class Bridge:
             item, slot = inbox.popleft()
             if self._closing:
                 slot.set_exception(closed_error())
-            elif isinstance(item, Job):
-                item.start(self._loop)
-            elif client is not None and not slot.done():
-                client.gather(item)
+            elif not slot.done():
+                try:
+                    if isinstance(item, Job):
+                        item.start(self._loop)
+                    elif client is not None:
+                        client.gather(item)
+                except Exception as exc:  # an edge: what comes after it must be taken too
+                    slot.set_exception(exc)
         if client is not None:
             client.ask_gathered()
 

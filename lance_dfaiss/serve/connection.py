@@ -10,9 +10,11 @@ import time
 from collections.abc import Sequence
 from typing import Protocol, cast
 
-from ..errors import AccessDenied, DfaissError, ProtocolError, Unavailable
+from ..errors import AccessDenied, DfaissError, InvalidArgument, ProtocolError, Unavailable
 from .wire import (
     ANSWERS,
+    MAX_FRAME_BYTES,
+    PREFIX_BYTES,
     Buffer,
     Cancel,
     Failure,
@@ -85,6 +87,8 @@ class Connection(asyncio.Protocol):
         Who waits for what.
     heard_at : float
         When something arrived, or was first asked after a time without requests; monotonic seconds.
+    received_at : float
+        When something arrived; monotonic seconds.
     silent : bool
         It was noted as silent; the next byte is told to the listener.
     open : bool
@@ -94,10 +98,11 @@ class Connection(asyncio.Protocol):
     def __init__(self, name: str, hello: Hello, listener: Listener) -> None:
         self.name = name
         self.pending: dict[int, Waiting] = {}
-        self.heard_at = time.monotonic()
+        self.heard_at = self.received_at = time.monotonic()
         self.silent = False
         self.open = False
         self.max_pending = 1
+        self._max_bytes = MAX_FRAME_BYTES
         self._hello = hello
         self._listener = listener
         self._reader = FrameReader(MAX_ANSWER_BYTES, ANSWERS)
@@ -122,7 +127,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Hand out what has arrived."""
-        self.heard_at = time.monotonic()
+        self.heard_at = self.received_at = time.monotonic()
         if self.silent:
             self.silent = False
             self._listener.heard()
@@ -161,8 +166,25 @@ class Connection(asyncio.Protocol):
             What follows it.
         waiting : Waiting
             Who is told the answer.
+
+        Raises
+        ------
+        InvalidArgument
+            If it cannot be written down, or is longer than what the server reads: it would hang up on everybody who
+            waits here. Nothing was sent.
         """
-        parts = encode(message, self._last_id + 1, payload)  # first: it refuses what no server would read
+        try:
+            parts = encode(message, self._last_id + 1, payload)
+        except (ValueError, TypeError, OverflowError) as exc:  # half a character, a number of more than 64 bits
+            if isinstance(exc, InvalidArgument):
+                raise
+            raise InvalidArgument(f"a {type(message).__name__} that cannot be sent: {exc}") from exc
+        length = sum(map(len, parts)) - PREFIX_BYTES
+        if length > self._max_bytes:
+            raise InvalidArgument(
+                f"a {type(message).__name__} of {length:,} bytes; {self.name} reads at most {self._max_bytes:,}",
+                remedy="Ask for less at once",
+            )
         self._last_id += 1
         if not self.pending:
             self.heard_at = time.monotonic()  # silence begins with the question
@@ -216,6 +238,7 @@ class Connection(asyncio.Protocol):
                 )
             self.open = self._welcomed = True
             self.max_pending = welcome.limits.pending
+            self._max_bytes = welcome.limits.frame_bytes
             self._listener.welcomed(self, welcome)
         else:
             self._listener.offered(decode(frame, Offers))

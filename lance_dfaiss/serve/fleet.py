@@ -94,7 +94,7 @@ class FleetOptions:
 class Question(Protocol):
     """Something that is being asked."""
 
-    def fail(self, error: DfaissError) -> None:
+    def fail(self, error: Exception) -> None:
         """Give it up."""
 
 
@@ -154,6 +154,13 @@ class Replica(ReplicaLoad):
     def usable(self) -> bool:
         """Whether it takes new requests."""
         return not self.draining and not self.gone and self.connected
+
+    def probe(self, connection: Connection, since: float) -> None:
+        """Ask whether it lives, and nothing else until it says so, if nothing has come from it since a moment."""
+        if connection.received_at <= since:
+            for link in self.links:
+                if link.connection is connection and link.ping():
+                    self.mute = True
 
     def owes(self, connection: Connection) -> None:
         """Note that an answer was given up, so that silence means something though none is awaited."""
@@ -303,7 +310,7 @@ class Link:
     def heard(self) -> None:
         """Take back that the server may be dead."""
         self.pinged = self.owing = False
-        self._replica.suspect = False
+        self._replica.suspect = self._replica.mute = False
 
     def lost(self, connection: Connection, error: DfaissError) -> None:
         """Stop using the server."""
@@ -313,6 +320,7 @@ class Link:
                 self._welcomed.exception()  # whoever waits gets it; nobody may be left to
             return
         self.connection = None
+        self._replica.suspect = self._replica.mute = False  # what another connection to it is like is not known
         self._replica.error = error
         self._lost.set_result(error)
         expected = self._replica.draining or self._replica.retired or isinstance(error, ClientUnusable)
@@ -326,12 +334,13 @@ class Link:
         """Remember to write."""
         self._fleet.unsent(connection)
 
-    def ping(self) -> None:
-        """Ask whether it lives."""
+    def ping(self) -> bool:
+        """Ask whether it lives; tell whether that is under way."""
         connection = self.connection
         if connection is not None and connection.open and not self.pinged and not connection.full:
             self.pinged = connection.silent = True
             connection.send(Status(), (), _Ping())
+        return self.pinged
 
     def watch(self, now: float, late: bool) -> bool:
         """Do what silence asks for, and tell whether there is anything to watch."""
@@ -412,7 +421,8 @@ class Fleet:
     ways : dict of str to Way
         By index: how it is asked now. Replaced as a whole, so that other threads may look at it.
     offers : dict of str to Offer
-        By index: the newest offer ever heard of.
+        By index: the one that is asked now, or was the last time that one was; by it queries are checked. Replaced as
+        a whole too.
     budget : HedgeBudget
         For asking twice.
     """
@@ -511,21 +521,19 @@ class Fleet:
             return
         everyone = self.everyone()
         standings = self.standings()
-        for replica in everyone:
-            for offer in replica.offers:
-                known = self.offers.get(offer.index)
-                if known is None or offer.order > known.order:
-                    self.offers[offer.index] = offer
+        offered = [offer for replica in everyone for offer in replica.offers]
+        offers = {offer.index: offer for offer in sorted(offered, key=lambda offer: offer.order)} | self.offers
         ways, now = {}, time.monotonic()
-        for index in self.offers:
+        for index in offers:
             route = choose_route(index, standings)
             if route is not None:
-                ways[index] = _way(route, everyone)
+                # Not the newest ever heard of: a dataset that is made anew counts its versions anew.
+                ways[index], offers[index] = _way(route, everyone), route.offer
             if route is not None and not route.missing:
                 self._incomplete_since.pop(index, None)
             else:
                 self._incomplete_since.setdefault(index, now)
-        self.ways = ways
+        self.ways, self.offers = ways, offers
         self._let_retired_go()
         for tell in list(self.waiting):
             tell()

@@ -538,7 +538,7 @@ class Holdings:
             lists=manifest.spec.num_partitions if view.family == "ivf" else 0,
             column=view.resolution.column.name,
             columns=tuple(column for column in names if allowed is None or column in allowed),
-            payload=self._options.payload,
+            payload=tuple(name for name in self._options.payload if allowed is None or name in allowed),
         )
 
     def _offer(self, name: str, held: Held, swap: Swap) -> None:

@@ -117,7 +117,9 @@ class Lane:
     def _searched(self, batch: Batch) -> Sequence[Outcome]:
         try:
             return self._search(batch)
-        except Exception as exc:  # an edge: whatever it is belongs to the requests, and the lane goes on
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as exc:  # an edge: whatever it is belongs to the requests, and the lane goes on
             return [(part.request.ticket, exc) for part in batch.slices]
 
 

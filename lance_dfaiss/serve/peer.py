@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
-from ..errors import AccessDenied, DfaissError, ProtocolError
+from ..errors import AccessDenied, DfaissError, ProtocolError, Unavailable
 from .security import Rights
 from .wire import (
     HELLO_BYTES,
@@ -39,6 +39,12 @@ HELLO_SECONDS = 10.0
 MAX_UNSENT_BYTES = 8 * 1024 * 1024
 """Answers that a client has not read yet; beyond that nothing more is read from it."""
 
+BEHIND_BYTES = 1024 * 1024
+"""The same, from which on a client counts as slow; it is left when it is to get more while all have too much."""
+
+STALLED_SECONDS = 30.0
+"""How long a client may read nothing of what waits for it."""
+
 
 @dataclass(slots=True, eq=False)
 class Ticket:
@@ -60,6 +66,8 @@ class Ticket:
         Of its payload, for as long as that is held.
     work : object
         What has come of it so far; of whoever answers it.
+    task : asyncio.Task or None
+        Works on it.
     gone : bool
         Nobody waits any more.
     """
@@ -72,7 +80,19 @@ class Ticket:
     queries: int = 1
     length_bytes: int = 0
     work: Any = None
+    task: asyncio.Task[None] | None = None
     gone: bool = field(default=False, init=False)
+
+    def check(self) -> None:
+        """Raise if nobody waits any more; from any thread.
+
+        Raises
+        ------
+        Unavailable
+            Which nobody sees.
+        """
+        if self.gone:
+            raise Unavailable("nobody waits for this any more")
 
 
 class Host(Protocol):
@@ -99,6 +119,9 @@ class Host(Protocol):
     def unfinished(self, more_bytes: int) -> bool:
         """Note bytes of a frame that is not complete, or (negative) that are no more; False if there are too many."""
 
+    def unsent(self, more_bytes: int) -> bool:
+        """Note bytes of answers that wait to be read, or (negative) that are no more; False if there are too many."""
+
     def rights_of(self, token: str, *, certificate: bool) -> Rights:
         """Return what somebody may do."""
 
@@ -123,6 +146,11 @@ class Peer(asyncio.Protocol):
         self._reader = FrameReader(HELLO_BYTES, REQUESTS)
         self._unsent: list[Buffer] = []
         self._unfinished = 0
+        self._written = 0
+        self._waiting_bytes = 0
+        self._answers = False
+        self._paused = False
+        self._stalled: asyncio.TimerHandle | None = None
         self._rights: Rights | None = None
         self.name = ""
         self.pending: dict[int, Ticket] = {}
@@ -145,22 +173,29 @@ class Peer(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the requests of the other end, which has gone."""
         self._patience.cancel()
+        if self._stalled is not None:
+            self._stalled.cancel()
         pending, self.pending = self.pending, {}
         for ticket in pending.values():
             ticket.gone = True
             self._host.dropped(ticket)
         self._host.unfinished(-self._unfinished)
         self._unfinished = 0
+        self._host.unsent(-self._waiting_bytes)
+        self._waiting_bytes = 0
         self._host.left(self)
         if exc is not None:
             _log.debug("client %s is gone: %s", self.name, exc)
 
     def pause_writing(self) -> None:
         """Read no more from a client that does not read its answers."""
+        self._paused = True
         self._transport.pause_reading()
+        self._watch()
 
     def resume_writing(self) -> None:
         """Read on: the client does too."""
+        self._paused = False
         self._transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
@@ -194,6 +229,7 @@ class Peer(asyncio.Protocol):
         if not self._unsent:
             self._loop.call_soon(self._flush)
         self._unsent += encode(message, request_id, payload)
+        self._answers = self._answers or request_id > 0
 
     def announce(self, offers: Offers) -> None:
         """Tell what can be asked for now, if the client has been welcomed."""
@@ -204,15 +240,49 @@ class Peer(asyncio.Protocol):
         """Send what is left, and hang up."""
         self._flush()
         self._transport.close()
+        self._watch()
 
     def abort(self) -> None:
         """Hang up, whatever is left to send."""
         self._transport.abort()
 
+    def recount(self) -> int:
+        """Count what waits to be read; return how much more that is than last time, in bytes."""
+        before, self._waiting_bytes = self._waiting_bytes, self._transport.get_write_buffer_size()
+        return self._waiting_bytes - before
+
     def _flush(self) -> None:
         unsent, self._unsent = self._unsent, []
-        if unsent and not self._transport.is_closing():
-            self._transport.write(b"".join(unsent))
+        answers, self._answers = self._answers, False
+        if not unsent or self._transport.is_closing():
+            return
+        enough = self._host.unsent(self.recount())
+        if answers and not enough and (self._paused or self._waiting_bytes > BEHIND_BYTES):
+            _log.warning("client %s does not read its answers, and too many wait: left", self.name)
+            self._transport.abort()
+            return
+        data = b"".join(unsent)
+        self._written += len(data)
+        self._transport.write(data)
+        self._host.unsent(self.recount())
+
+    def _watch(self) -> None:
+        """Look later whether the client reads."""
+        if self._stalled is None:
+            self._look(-1)
+
+    def _look(self, read_before: int) -> None:
+        """Leave a client that has read nothing since the last look, though it should."""
+        self._stalled = None
+        left = self._transport.get_write_buffer_size()
+        if not left or not (self._paused or self._transport.is_closing()):
+            return
+        read = self._written - left
+        if read == read_before:
+            _log.warning("client %s has read nothing for %.0f s: left", self.name, STALLED_SECONDS)
+            self._transport.abort()
+            return
+        self._stalled = self._loop.call_later(STALLED_SECONDS, self._look, read)
 
     def _greet(self, frame: Frame) -> None:
         hello = decode(frame, Hello)

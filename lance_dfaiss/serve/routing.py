@@ -67,6 +67,9 @@ SLOW_FIRST_SECONDS = 0.1
 SLOW_MAX_SECONDS = 5.0
 """And at the most: a server that has come back is used again within that time."""
 
+REFUSED_MAX_SECONDS = 1.0
+"""The longest that a server which has too much to do is left alone, whatever it asks for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Standing:
@@ -249,15 +252,23 @@ class ReplicaLoad:
         Mean of recent answers, in seconds.
     suspect : bool
         It has been silent for too long; asked only where there is nobody else.
+    mute : bool
+        Nothing has come from it since a query was sent that another one answered; whether it lives is asked by a ping.
+        Until it says so no query is spent on finding out.
     """
 
-    __slots__ = ("_probed", "_seen_at", "_slow_seconds", "_slow_until", "latency", "outstanding", "suspect")
+    __slots__ = (
+        "_probed", "_refused_until", "_seen_at", "_slow_seconds", "_slow_until", "latency", "mute", "outstanding",
+        "suspect",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.outstanding = 0
         self.latency = 0.0
         self.suspect = False
+        self.mute = False
         self._seen_at = -math.inf
+        self._refused_until = -math.inf
         self._slow_until = -math.inf
         self._slow_seconds = 0.0
         self._probed = False
@@ -289,14 +300,21 @@ class ReplicaLoad:
             self._probed = False
         self._slow_until = now + self._slow_seconds
 
+    def refused(self, seconds: float, now: float) -> None:
+        """Note that it has too much to do, and when it wants to be asked again.
+
+        Who refuses at once has little outstanding, and would draw more and more queries without this.
+        """
+        self._refused_until = max(self._refused_until, now + min(max(seconds, 0.0), REFUSED_MAX_SECONDS))
+
     def forget(self) -> None:
         """Note that the connection is a new one: nothing that was known holds."""
-        self.latency, self._seen_at, self.suspect = 0.0, -math.inf, False
-        self._slow_seconds, self._slow_until = 0.0, -math.inf
+        self.latency, self._seen_at, self.suspect, self.mute = 0.0, -math.inf, False, False
+        self._slow_seconds, self._slow_until, self._refused_until = 0.0, -math.inf, -math.inf
 
-    def is_slow(self, now: float) -> bool:
-        """Tell whether it is to be left alone."""
-        return now < self._slow_until
+    def rests(self, now: float) -> bool:
+        """Tell whether it is to be left alone, as it is slow, silent, or full."""
+        return self.mute or now < self._slow_until or now < self._refused_until
 
     def step(self, now: float) -> int:
         """Return its recent latency in steps of a factor of two, 0 if unknown: less than that is chance."""
@@ -323,14 +341,14 @@ def pick(replicas: Sequence[_Replica], now: float, random: Callable[[], float]) 
     Returns
     -------
     ReplicaLoad
-        Neither suspect nor slow if there is such a one; of those that with the fewest outstanding queries, then the
+        Neither suspect nor at rest if there is such a one; of those that with the fewest outstanding queries, then the
         quickest lately, then any.
     """
     if len(replicas) == 1:
         return replicas[0]
     return min(
         replicas,
-        key=lambda load: (load.suspect, load.is_slow(now), load.outstanding, load.step(now), random()),
+        key=lambda load: (load.suspect, load.rests(now), load.outstanding, load.step(now), random()),
     )
 
 

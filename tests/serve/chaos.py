@@ -25,11 +25,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 import lance_dfaiss
-from lance_dfaiss.errors import DfaissError, Overloaded
+from lance_dfaiss.errors import Overloaded
 from lance_dfaiss.launch import LocalCluster, ServeOptions
 from lance_dfaiss.serve import wire
 from lance_dfaiss.serve.answers import METADATA_KEY
-from lance_dfaiss.serve.client import AsyncClient, Client
+from lance_dfaiss.serve.async_client import AsyncClient
+from lance_dfaiss.serve.client import Client
 from lance_dfaiss.serve.cluster import ServedIndex, plan_cluster, write_cluster
 from tests.serve.certificates import make_certificates
 from tests.serve.hosts import Hosts
@@ -62,6 +63,7 @@ POOL = 48
 """Queries that are asked again and again."""
 
 WINDOW_SECONDS = 0.5
+RADIUS = 7.0
 FILTER = "id % 3 = 1"
 
 RECOVERY_SECONDS = 2.0
@@ -162,7 +164,7 @@ class Seen:
     at, seconds : float
         When it was made, monotonic, and how long it took.
     kind : str
-        ``"knn"``, ``"batch"``, ``"filter"`` or ``"search"``.
+        ``"knn"``, ``"batch"`` or ``"large"`` of several queries, ``"filter"``, ``"search"`` for columns, ``"range"``.
     which : tuple of int
         Queries of the pool.
     error : BaseException or None
@@ -232,6 +234,9 @@ class Words:
             if len(set(ids.tolist())) < len(ids):
                 return f"{seen.kind} of query {which}: a row twice"
             expected = np.sort(truth.distances[which][allowed])[:K]
+            if seen.kind == "range":
+                expected = np.sort(truth.distances[which])
+                expected = expected[expected < RADIUS]
             if len(expected) != len(found) or not np.allclose(found, expected, rtol=1e-4, atol=1e-4):
                 return f"{seen.kind} of query {which} is not the answer of version {seen.version}"
             if not np.allclose(found, truth.distances[which][places], rtol=1e-4, atol=1e-4):
@@ -334,27 +339,33 @@ class Load:
             due = max(due + self._pause, time.monotonic())
 
     def _ask(self, kind: str, query: int) -> Seen:
-        which = tuple((query + more) % POOL for more in range(5 if kind == "batch" else 1))
+        count = {"batch": 5, "large": 100}.get(kind, 1)
+        which = tuple((query + more) % POOL for more in range(count))
         queries, started = self._place.queries[list(which)], time.monotonic()
         try:
             if kind == "search":
                 table = self._client.search(queries[0], K, nprobe=LISTS, columns=["id", "word"], **self._options)
-                return _of_table(table, started, which)
-            more = {"filter": FILTER} if kind == "filter" else {}
-            answer = self._client.knn(queries, K, nprobe=LISTS, **more, **self._options)
-        except DfaissError as exc:
+                return _of_table(table, kind, started, which)
+            if kind == "range":
+                table = self._client.range_search(
+                    queries[0], RADIUS, nprobe=LISTS, columns=["id", "word"], **self._options
+                )
+                return _of_table(table, kind, started, which)
+            sql = FILTER if kind == "filter" else None
+            answer = self._client.knn(queries, K, nprobe=LISTS, filter=sql, **self._options)
+        except Exception as exc:  # whatever it is, it is told in the end
             return Seen(started, time.monotonic() - started, kind, which, exc)
         seconds = time.monotonic() - started
         return Seen(started, seconds, kind, which, None, answer.version, answer.coverage, answer[0], answer[1])
 
 
-def _of_table(table: pa.Table, started: float, which: tuple[int, ...]) -> Seen:
+def _of_table(table: pa.Table, kind: str, started: float, which: tuple[int, ...]) -> Seen:
     seconds = time.monotonic() - started
     facts = json.loads(table.schema.metadata[METADATA_KEY])
     distances, row_ids = (table[name].to_numpy()[None] for name in ("_distance", "_rowid"))
     columns = list(zip(table["id"].to_pylist(), table["word"].to_pylist(), strict=True))
     version, coverage = facts["version"], facts["coverage"]
-    return Seen(started, seconds, "search", which, None, version, coverage, distances, row_ids, columns)
+    return Seen(started, seconds, kind, which, None, version, coverage, distances, row_ids, columns)
 
 
 def assert_recovered(load: Load, moment: float, what: str, *, seconds: float = RECOVERY_SECONDS) -> None:

@@ -101,10 +101,10 @@ class Running:
         *,
         own_filters: bool = True,
     ) -> None:
+        self.server = Server(config, sock, http)
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
         self._problem: BaseException | None = None
-        self.server = Server(config, sock, http)
         if not own_filters:
             share: Any = _Share(f"{next(_CLUSTERS)}/")
             self.server._sifter = self.server.holdings._sift = share
@@ -208,7 +208,8 @@ def running(
 ) -> Iterator[Cluster]:
     """Run a whole cluster, with its file in a folder."""
     settings = Settings() if settings is None else settings
-    sockets = [listening() for _ in range(servers)]
+    stack = ExitStack()
+    sockets = [stack.enter_context(listening()) for _ in range(servers)]
     cluster = plan_cluster(
         tuple(indexes),
         [("127.0.0.1", sock.getsockname()[1], None) for sock in sockets],
@@ -225,7 +226,7 @@ def running(
         workload=settings.workload,
         **settings.more,
     )
-    with ExitStack() as stack:
+    with stack:
         started = [
             Running(replace(config, server_id=i), sock, own_filters=settings.own_filters)
             for i, sock in enumerate(sockets)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lance_dfaiss
-from lance_dfaiss.launch import LocalCluster
+from lance_dfaiss.launch import LocalCluster, ServeOptions
 from tests.serve.chaos import (
     Load,
     OnHosts,
@@ -28,6 +28,7 @@ from tests.serve.inprocess import until
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 NO_HOSTS = lacking()
+KINDS = ("knn", "knn", "batch", "search", "knn", "filter", "knn", "large", "range", "knn")
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,87 @@ def test_any_server_may_be_killed_at_any_time(cluster: LocalCluster, place: Plac
             assert cluster.wait_ready(60)
             until(lambda: sum(map(len, client.stats().servers_by_group)) == 4)
     assert not load.problems(words)
+
+
+def test_two_servers_of_different_groups_at_once(cluster: LocalCluster, place: Place, words: Words) -> None:
+    layout = cluster.cluster.servers
+    first = layout[0]
+    second = next(entry for entry in layout if entry.group != first.group)
+    with lance_dfaiss.connect(cluster.cluster_file) as client, Load(client, place, kinds=KINDS) as load:
+        load.wait_more(2.0)
+        for entry in (first, second):
+            os.kill(cluster.pids[entry.id], signal.SIGKILL)
+        moment = load.wait_more(5.0)
+        assert_recovered(load, moment, "kill -9 of a server of each group")
+        until(lambda: sum(map(len, client.stats().servers_by_group)) == 4)
+        with stopped(cluster.pids[first.id]), stopped(cluster.pids[second.id]):
+            moment = load.wait_more(8.0)
+            assert_recovered(load, moment, "SIGSTOP of a server of each group")
+            # Who comes now finds the others.
+            with lance_dfaiss.connect(cluster.cluster_file) as late:
+                assert late.stats().coverage == 1.0
+    assert not load.problems(words)
+
+
+def test_servers_that_join_and_leave(cluster: LocalCluster, place: Place, words: Words) -> None:
+    with lance_dfaiss.connect(cluster.cluster_file) as client, Load(client, place, kinds=KINDS) as load:
+        load.wait_more(2.0)
+        joined = [cluster.add_server().id for _ in range(2)]
+        until(lambda: sum(map(len, client.stats().servers_by_group)) == 6)
+        assert len(client.stats().servers_by_group) == 3
+        os.kill(cluster.pids[joined[0]], signal.SIGKILL)
+        load.wait_more(1.0)
+        assert cluster.wait_ready(60)
+        for server in (0, 3):
+            cluster.remove_server(server)
+        until(lambda: sum(map(len, client.stats().servers_by_group)) == 4)
+        load.wait_more(1.0)
+    assert not load.problems(words)
+
+
+def test_as_many_calls_as_there_can_be(cluster: LocalCluster, place: Place, words: Words) -> None:
+    # Many threads without a pause, so that something is under way whenever something happens.
+    with (
+        lance_dfaiss.connect(cluster.cluster_file, connections=2) as client,
+        Load(client, place, threads=32, per_second=1e6, kinds=KINDS) as load,
+    ):
+        for server in range(4):
+            os.kill(cluster.pids[server], signal.SIGKILL)
+            load.wait_more(1.0)
+            assert cluster.wait_ready(60)
+            until(lambda: sum(map(len, client.stats().servers_by_group)) == 4)
+            with stopped(cluster.pids[server]):
+                load.wait_more(2.0)
+            until(lambda: sum(map(len, client.stats().servers_by_group)) == 4)
+        cluster.rolling_restart()
+    assert not load.problems(words)
+
+
+def test_everything_at_once(tmp_path: Path) -> None:
+    # Servers move by themselves, each when it comes to it, while rows come and go, and servers are killed or stopped.
+    place, rng = Place(tmp_path), np.random.default_rng(11)
+    with (
+        LocalCluster(
+            place.served, servers=4, replicas=2, cluster_file=tmp_path / "c.json", refresh_seconds=0.7, http=False,
+            options=ServeOptions(grace_seconds=2.0),
+        ) as cluster,
+        lance_dfaiss.connect(cluster.cluster_file) as client,
+        Load(client, place, threads=6, kinds=KINDS) as load,
+    ):  # fmt: skip
+        for step in range(60):
+            place.change(step)
+            server = int(rng.integers(4))
+            if step % 6 == 2:
+                os.kill(cluster.pids[server], signal.SIGKILL)
+            if step % 6 == 5:
+                with stopped(cluster.pids[server]):
+                    load.wait_more(float(rng.uniform(0.1, 2.0)))
+            load.wait_more(float(rng.uniform(0.0, 0.7)))
+            if step % 6 in (2, 5):
+                assert cluster.wait_ready(60)
+                until(lambda: sum(map(len, client.stats().servers_by_group)) == 4)
+    assert not load.problems(Words(place))
+    assert len({seen.version for seen in load.seen}) > 20
 
 
 def test_rolling_restarts(cluster: LocalCluster, place: Place, words: Words) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def _frames(offer: wire.Offer) -> list[bytes]:
     """Good frames: every kind, and requests that this server answers."""
     vectors = np.arange(2 * offer.dim, dtype="<f4").tobytes()
     ids = np.arange(2, dtype="<u8").tobytes()
-    on = {"index": offer.index, "at": offer.at}
+    on: dict[str, Any] = {"index": offer.index, "at": offer.at}
     return [
         *frames_of_every_kind(),
         frame_of(wire.Knn(**on, k=3, n=2), 11, vectors),

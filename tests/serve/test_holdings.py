@@ -178,11 +178,17 @@ def test_what_is_kept(built: str, tmp_path: Path) -> None:
     told = Told(_cluster(uri, 1), grace_seconds=0.0)
     told.holdings.follow(None)
     first = told.holdings.offers[0].at
-    for seed in range(KEPT_SNAPSHOTS + 1):
+    for seed in range(KEPT_SNAPSHOTS + 2):
         _append(uri, 5, seed)
         told.holdings.move("i", None)
-        # Freed as soon as nobody has asked for it in the time of grace, which is none here.
-        assert [offer.version for offer in told.holdings.offers] == [lance.dataset(uri).version]
+        newest = told.holdings.offers[0]
+        assert newest.version == lance.dataset(uri).version
+        assert 1 < len(told.holdings.offers) <= KEPT_SNAPSHOTS
+        # The older ones go when clients have turned to the newest, and the time of grace is over, which is none here.
+        told.holdings.find("i", newest.at)
+        told.holdings.follow(None)
+        assert told.holdings.offers == (newest,)
+        assert set(told.sifter._open) == {f"i/{newest.at}"}
     with pytest.raises(SnapshotGone):
         told.holdings.find("i", first)
     with pytest.raises(IndexNotFound):

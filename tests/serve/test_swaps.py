@@ -20,9 +20,11 @@ import pytest
 
 import lance_dfaiss
 from lance_dfaiss.machine import resident_bytes
-from lance_dfaiss.serve.cluster import ServedIndex, write_cluster
+from lance_dfaiss.serve import wire
+from lance_dfaiss.serve.cluster import ServedIndex, read_cluster, write_cluster
 from lance_dfaiss.serve.holdings import MAX_SNAPSHOTS, HoldingOptions, Shelf
 from tests.serve.inprocess import Cluster, Running, Settings, running, until
+from tests.serve.rawclient import RawClient
 from tests.support import Exact, assert_exact, clustered, fixed_size, make_dataset
 
 DIM, ROWS, REFRESH = 8, 500, 0.1
@@ -200,19 +202,21 @@ def _version(server: Running) -> int:
     return 0 if newest is None else newest.offer.version
 
 
-def _views(cluster: Cluster) -> list[weakref.ref[Any]]:
-    """Return references to all that is held now, and no more than that."""
+def _held(cluster: Cluster) -> list[weakref.ref[Any]]:
+    """Return references to all views and segments that are held now, and keep none of them alive."""
     found: list[weakref.ref[Any]] = []
     for server in cluster.servers:
         snapshots = _shelf(server).snapshots.values()
         assert len(snapshots) <= MAX_SNAPSHOTS
-        found += [weakref.ref(held.view) for held in snapshots]
+        for held in snapshots:
+            found.append(weakref.ref(held.view))
+            found += [weakref.ref(loaded.segment) for loaded in held.view.loaded]
     return found
 
 
-def _alive(views: list[weakref.ref[Any]]) -> set[int]:
+def _alive(held: list[weakref.ref[Any]]) -> set[int]:
     gc.collect()
-    return {id(view) for view in (ref() for ref in views) if view is not None}
+    return {id(one) for one in (ref() for ref in held) if one is not None}
 
 
 _LIFE = (
@@ -242,19 +246,19 @@ def _live(world: World, tmp_path: Path, life: Sequence[str]) -> None:
     with running(
         tmp_path, world.served, servers=4, replicas=2, refresh_seconds=REFRESH, settings=_settings(payload=("number",))
     ) as cluster:
-        views: list[weakref.ref[Any]] = []
+        held: list[weakref.ref[Any]] = []
         with Load(cluster.location, nprobe=world.nprobe) as load:
             for step, what in enumerate(life):
                 getattr(world, what)()
                 if step % 3 != 2:  # one version after the other, or several at once
                     load.wait_for(world.dataset.version)
-                views += _views(cluster)
+                held += _held(cluster)
             load.wait_for(world.dataset.version)
             until(lambda: all(_version(server) == world.dataset.version for server in cluster.servers))
             # What nobody asks for any more is freed, while others are served.
             until(lambda: all(len(_shelf(server).snapshots) == 1 for server in cluster.servers))
 
-            until(lambda: len(_alive(views)) <= len(cluster.servers))
+            until(lambda: _alive(held) <= _alive(_held(cluster)))
         load.check(Truth(world.uri))
         assert len(load.versions) > len(life) // 3
         assert load.version > first + len(life) // 3
@@ -350,7 +354,8 @@ def test_a_dataset_that_is_written_anew(tmp_path: Path) -> None:
         lance_dfaiss.connect(cluster.location, timeout=30) as client,
     ):
         query, before = clustered(1, DIM, 2), world.dataset.version
-        assert client.knn(query, 10).version == before
+        _followed(cluster, world)
+        until(lambda: client.knn(query, 10).version == before)
         shutil.rmtree(world.uri)
         lance.write_dataset(_table(range(200), 77), world.uri, max_rows_per_file=50)
         world.create()
@@ -375,6 +380,30 @@ def test_a_step_back_by_hand(tmp_path: Path) -> None:
                 assert client.knn(query).version == expected
                 assert {_version(server) for server in cluster.servers} == {expected}
         load.check(Truth(world.uri))
+
+
+def test_a_version_that_is_held(tmp_path: Path) -> None:
+    # Servers that follow the dataset stay where they were told to, and one that comes later goes there.
+    world = World(tmp_path)
+    world.append()
+    with running(tmp_path, world.served, servers=1, refresh_seconds=REFRESH, settings=_settings()) as cluster:
+        (server,) = cluster.servers
+        _followed(cluster, world)
+        held = world.dataset.version - 1
+        with RawClient(server.address) as admin:
+            admin.ask(wire.Reload(index="i", version=held, hold=True), expected=wire.Done)
+            assert (_version(server), admin.offer("i").version) == (held, held)
+            world.append()
+            assert read_cluster(cluster.location).indexes[0].version == held
+            cluster.file = read_cluster(cluster.location)
+            joined = cluster.join()
+            until(lambda: {each.server.holdings.cluster.epoch for each in cluster.servers} == {2})
+            until(lambda: all(each.server.ready for each in cluster.servers))
+            assert _version(joined) == _version(server) == held
+            admin.ask(wire.Reload(index="i"), expected=wire.Done)
+            assert _version(server) == world.dataset.version
+            world.append()
+            _followed(cluster, world)  # the other server too, as the cluster file says so
 
 
 def test_a_step_back_of_an_index_that_lies_elsewhere(tmp_path: Path) -> None:
@@ -456,6 +485,7 @@ def test_another_dataset_under_the_same_name(tmp_path: Path) -> None:
     ) as cluster:
         truth = {world: Exact(world.dataset, "l2") for world in (blue, green)}
         assert len(truth[blue]) != len(truth[green])
+        _followed(cluster, blue)
         seen: list[World] = []
         with lance_dfaiss.connect(cluster.location, timeout=30) as client:
 
@@ -469,6 +499,7 @@ def test_another_dataset_under_the_same_name(tmp_path: Path) -> None:
                 assert_exact(truth[world], query, distances[:, :50], row_ids[:, :50], scale=300)
                 return world is green
 
+            until(lambda: client.knn(clustered(1, DIM, 0)).version == blue.dataset.version)
             assert not ask()
             write_cluster(cluster.location, replace(cluster.file, epoch=2, indexes=green.served))
             until(ask)
