@@ -14,7 +14,17 @@ from ..errors import (
 from ..manifest import Pointer
 from ..types import POINTER_PREFIX
 
-__all__ = ["LANCE_SOURCE", "REFUSED", "UNKNOWN_FIELD", "UNREADABLE", "first_line", "lance_errors", "pointer_conflict"]
+__all__ = [
+    "LANCE_SOURCE",
+    "REFUSED",
+    "UNKNOWN_FIELD",
+    "UNREADABLE",
+    "LancePanic",
+    "first_line",
+    "lance_errors",
+    "panics_told",
+    "pointer_conflict",
+]
 
 # How Lance and the object stores behind it say that one may not write; paths may hold the same words or digits.
 REFUSED = re.compile(r"(?i:permission ?denied|access ?denied|read-only)|\bForbidden\b|(?<![\w/.-])403(?![\w/.-])")
@@ -43,11 +53,28 @@ def pointer_conflict(name: str, ours: str, found: str | None) -> CommitConflict:
     )
 
 
+class LancePanic(RuntimeError):
+    """Rust code gave up; its own exception is no `Exception`, and would pass by all who handle errors."""
+
+
+@contextmanager
+def panics_told() -> Iterator[None]:
+    """Translate a panic into an exception like any other."""
+    try:
+        yield
+    except BaseException as exc:
+        # Each Rust library has a class of its own of this name, and none can be imported.
+        if type(exc).__name__ != "PanicException":
+            raise
+        raise LancePanic(f"Lance gave up: {exc}") from exc
+
+
 @contextmanager
 def lance_errors(uri: str) -> Iterator[None]:
     """Translate what Lance raises, a text from Rust under any class, into a `StorageError`."""
     try:
-        yield
+        with panics_told():
+            yield
     except DfaissError:
         raise
     except (OSError, ValueError, RuntimeError) as exc:

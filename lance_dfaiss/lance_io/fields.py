@@ -30,6 +30,7 @@ __all__ = [
     "signature_of",
     "state_of_fragment",
     "struct_child",
+    "without_views",
 ]
 
 ADDRESS_COLUMN = "_rowaddr"
@@ -166,6 +167,23 @@ def arrow_field(schema: pa.Schema, name: str) -> pa.DataType:
 
 def _struct_fields(arrow_type: pa.DataType) -> list[pa.Field]:
     return [arrow_type.field(i) for i in range(arrow_type.num_fields)] if pa.types.is_struct(arrow_type) else []
+
+
+def without_views(kind: pa.DataType) -> pa.DataType:
+    """Return a type with texts and bytes in their plain form: Arrow cannot pick rows of views, which Lance computes."""
+    if pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_binary_view(kind):
+        return pa.binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([_plain_field(kind.field(i)) for i in range(kind.num_fields)])
+    if pa.types.is_list(kind):
+        return pa.list_(_plain_field(kind.value_field))
+    return pa.large_list(_plain_field(kind.value_field)) if pa.types.is_large_list(kind) else kind
+
+
+def _plain_field(field: pa.Field) -> pa.Field:
+    return field.with_type(without_views(field.type))
 
 
 def struct_child(array: pa.StructArray, name: str) -> pa.Array:

@@ -13,7 +13,7 @@ from ..errors import (
     UnknownColumn,
 )
 from ..types import UInt64Array
-from .failures import LANCE_SOURCE, UNKNOWN_FIELD, UNREADABLE, first_line
+from .failures import LANCE_SOURCE, UNKNOWN_FIELD, UNREADABLE, LancePanic, first_line, panics_told
 from .fields import (
     ADDRESS_COLUMN,
 )
@@ -39,16 +39,17 @@ _INTERNAL = re.compile(r"(?s)Internal error: .*DataFusion")
 def matching_rows(dataset: LanceDataset, filter_sql: str, fragments: list[Any] | None, uri: str) -> UInt64Array:
     """Return the addresses of the live rows that match; see `PinnedDataset.matching`."""
     try:
-        table = dataset.scanner(
-            columns=[],
-            with_row_address=True,
-            filter=filter_sql,
-            fragments=fragments,
-            scan_in_order=True,
-            batch_size=_FILTER_BATCH_ROWS,
-            batch_readahead=_FILTER_READAHEAD,
-            io_buffer_size=_FILTER_IO_BUFFER_BYTES,
-        ).to_table()
+        with panics_told():
+            table = dataset.scanner(
+                columns=[],
+                with_row_address=True,
+                filter=filter_sql,
+                fragments=fragments,
+                scan_in_order=True,
+                batch_size=_FILTER_BATCH_ROWS,
+                batch_readahead=_FILTER_READAHEAD,
+                io_buffer_size=_FILTER_IO_BUFFER_BYTES,
+            ).to_table()
     except ValueError as exc:
         said = LANCE_SOURCE.sub("", str(exc).strip())
         if UNREADABLE.match(said) and not _INTERNAL.search(said):
@@ -66,7 +67,7 @@ def matching_rows(dataset: LanceDataset, filter_sql: str, fragments: list[Any] |
             f"Lance cannot use the filter {filter_sql!r}: {said}", parameter="filter", value=filter_sql
         ) from exc
     except (OSError, RuntimeError) as exc:
-        if str(exc) == _PANIC:
+        if isinstance(exc, LancePanic) or str(exc) == _PANIC:
             raise InvalidFilter(
                 f"Lance gave up on the filter {filter_sql!r}: it holds something that is not implemented",
                 parameter="filter",

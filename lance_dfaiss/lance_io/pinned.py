@@ -32,7 +32,7 @@ from ..storage import FolderSession, LocalStore, SessionStore, Store
 from ..types import POINTER_PREFIX, ROW_ID_COLUMN, SIDECAR, Int64Array, Metric, UInt64Array
 from ..vectors import decode_vectors, vector_type
 from .blocks import Block, Sample, decode_batch, only_rows, sample_rows
-from .failures import REFUSED, first_line, lance_errors, pointer_conflict
+from .failures import REFUSED, LancePanic, first_line, lance_errors, panics_told, pointer_conflict
 from .fields import (
     ADDRESS_COLUMN,
     OFFSET_MASK,
@@ -45,6 +45,7 @@ from .fields import (
     signature_of,
     state_of_fragment,
     struct_child,
+    without_views,
 )
 from .filters import matching_rows
 from .roots import local_path, main_root
@@ -456,14 +457,17 @@ class PinnedDataset:
             If Lance returns no row for one of the ids.
         UnknownColumn
             If a column does not exist.
+        InvalidArgument
+            If Lance gives up on an expression.
         """
         unique, inverse = np.unique(row_ids, return_inverse=True)
         wanted = dict(columns) if isinstance(columns, Mapping) else None if columns is None else list(columns)
         try:
-            table = self._dataset.scanner(
-                columns=wanted, with_row_id=True, row_addr_allowlist=serialize_row_addrs(unique.tolist())
-            ).to_table()
-        except (ValueError, OSError) as exc:
+            with panics_told():
+                table = self._dataset.scanner(
+                    columns=wanted, with_row_id=True, row_addr_allowlist=serialize_row_addrs(unique.tolist())
+                ).to_table()
+        except (ValueError, OSError, LancePanic) as exc:
             raise self._column_error(wanted, exc) from exc
         found = table[ROW_ID_COLUMN].to_numpy()
         if len(found) != len(unique):
@@ -473,6 +477,9 @@ class PinnedDataset:
                 location=self.uri,
             )
         order = np.argsort(found, kind="stable")
+        plain = pa.schema([field.with_type(without_views(field.type)) for field in table.schema], table.schema.metadata)
+        if plain != table.schema:
+            table = table.cast(plain)
         return table.take(pa.array(order[inverse]))
 
     def session_store(self) -> Store:
@@ -619,6 +626,13 @@ class PinnedDataset:
         )
 
     def _column_error(self, wanted: Any, exc: Exception) -> Exception:
+        if isinstance(exc, LancePanic) and isinstance(wanted, dict):
+            return InvalidArgument(
+                f"these columns cannot be computed: {first_line(exc)}",
+                remedy="Name columns of the dataset, or other SQL expressions over them",
+                parameter="columns",
+                value=wanted,
+            )
         names = list(wanted) if wanted is not None and not isinstance(wanted, dict) else []
         for name in names:
             if name not in self._dataset.schema.names and "." not in name:

@@ -304,19 +304,20 @@ class LocalCluster:
         DfaissError
             What kept it from starting; the layout is then without it again.
         """
-        with self._one_change:
-            sock = listen(self._host, 0)
-            http = listen(self._host, 0) if self._http else None
+        with self._one_change, contextlib.ExitStack() as undo:
+            sock = undo.enter_context(listen(self._host, 0))
+            http = undo.enter_context(listen(self._host, 0)) if self._http else None
             cluster, entry = self._newest().with_server(
                 self._public_host, _port_of(sock), http_port=None if http is None else _port_of(http), weight=weight
             )
             self._write(cluster)
+            undo.pop_all()
             member = _Member(entry, sock, http, Life(State.STOPPED, time.monotonic()))
-            with self._changed:
-                self._members[entry.id] = member
-                self._spawn(member)
-            self.reload()
             try:
+                with self._changed:
+                    self._members[entry.id] = member
+                    self._spawn(member)
+                self.reload()
                 self._wait_ready([entry.id])
                 self._wait_epoch(cluster.epoch)
             except BaseException:
@@ -442,9 +443,12 @@ class LocalCluster:
         while not self._closing:
             select.select([self._notices], [], [], _LOOK_SECONDS)
             with self._changed:
-                self._read_notices()
-                for member in self._members.values():
-                    self._look_after(member)
+                try:
+                    self._read_notices()
+                    for member in self._members.values():
+                        self._look_after(member)
+                except Exception:  # an edge: nobody else would start servers again, or notice that they have ended
+                    _log.exception("the launcher failed to look after its servers, and goes on")
                 self._changed.notify_all()
 
     def _read_notices(self) -> None:
@@ -470,7 +474,12 @@ class LocalCluster:
         if process is not None and member.life.runs and process.poll() is not None:
             self._bury(member, process, now)
         if member.life.state is State.WAITING and now >= member.life.due and not self._closing:
-            self._spawn(member)
+            try:
+                self._spawn(member)
+            except OSError as exc:
+                member.life = member.life.not_started(now, self._policy)
+                pause = member.life.due - now
+                _log.error("server %d cannot be started, next try in %.1f s: %s", member.entry.id, pause, exc)
 
     def _bury(self, member: _Member, process: subprocess.Popen[bytes], now: float) -> None:
         self._read_notices()  # its last words may have come since

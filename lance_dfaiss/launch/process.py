@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -33,6 +34,9 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 STOP_SECONDS = 20.0
 """How long a server that was told to stop may take beyond its time to drain."""
+
+MAX_FILES = 1_048_576
+"""Files and connections that a server may have open where nothing limits them."""
 
 WATCH_SECONDS = 0.1
 """How often it is looked at whether the server is ready."""
@@ -129,6 +133,7 @@ def run_server(
         If the server cannot start.
     """
     check_listen(sock.getsockname()[0], config.access, config.tls)
+    _allow_files()
     loop = _new_loop()
     asyncio.set_event_loop(loop)
     try:
@@ -211,6 +216,17 @@ def _run(orders: Orders, notifier: Notifier) -> int:
     cluster = read_cluster(orders.cluster_file, orders.options.storage_options)
     config = orders.options.config(cluster, orders.server_id, orders.cluster_file)
     return run_server(config, sock, http_sock, notifier=notifier)
+
+
+def _allow_files() -> None:
+    """Take as many file descriptors as one may: connections and files of shards need them, and the default is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < most:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        except (OSError, ValueError) as exc:  # some systems allow less than they say
+            _log.warning("at most %d files and connections can be open: %s", soft, exc)
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

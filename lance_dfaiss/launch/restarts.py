@@ -83,6 +83,11 @@ class Life:
         """Return the life after a process was started."""
         return replace(self, state=State.STARTING, since=now)
 
+    def not_started(self, now: float, policy: RestartPolicy) -> Life:
+        """Return the life after no process could be started: the machine is short of something, and may not stay so."""
+        crashes = self.crashes + 1
+        return replace(self, state=State.WAITING, since=now, due=now + policy.pause(crashes), crashes=crashes)
+
     def ready(self, now: float) -> Life:
         """Return the life once it takes requests; unchanged if it was told to stop meanwhile."""
         return replace(self, state=State.READY, since=now, early=0) if self.state is State.STARTING else self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ from numpy.typing import NDArray
 from ..types import UInt64Array
 from .places import RunMap
 
-__all__ = ["FilterCache", "Matches", "match_addresses"]
+__all__ = ["FilterCache", "Matches", "entry_bytes", "match_addresses"]
 
 # A mask is one bit a row: this holds the masks of 20 filters over 100 million rows.
 _CACHE_BYTES = 256 * 1024 * 1024
+
+# What an entry takes beside its arrays and its text: objects, here and in FAISS.
+_ENTRY_BYTES = 2 * 1024
 
 # Up to this many runs, one scatter a run is faster than looking every address up.
 _FEW_RUNS = 500
@@ -82,8 +86,19 @@ def match_addresses(addresses: UInt64Array, places: RunMap, live: NDArray[np.boo
     return Matches(np.packbits(marks, bitorder="little"), addresses[outside], int(np.count_nonzero(marks)))
 
 
+def entry_bytes(filter_sql: str) -> int:
+    """Return what keeping a filter takes, whatever it matches: one that matches nothing is not free."""
+    return sys.getsizeof(filter_sql) + _ENTRY_BYTES
+
+
 class FilterCache:
-    """Keeps what was worked out for the filters used last, up to a number of bytes; for many threads."""
+    """Keeps what was worked out for the filters used last, up to a number of bytes; for many threads.
+
+    Parameters
+    ----------
+    max_bytes : int
+        Of all that is held, entries of no size of their own included.
+    """
 
     def __init__(self, max_bytes: int = _CACHE_BYTES) -> None:
         self._max_bytes = max_bytes

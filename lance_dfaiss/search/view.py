@@ -19,7 +19,7 @@ from ..lance_io import ColumnsInMemory, PinnedDataset
 from ..merge import merge_topk, order_ties
 from ..spec import SearchOptions
 from ..types import MISSING_ROW_ID, Float32Array, Int64Array, Metric, UInt64Array
-from .filters import FilterCache, Matches, match_addresses
+from .filters import FilterCache, Matches, entry_bytes, match_addresses
 from .load import Generation, LoadedSegment
 from .places import RunMap, split_addresses
 from .portion import Portion
@@ -493,7 +493,7 @@ class View:
             cached = found is not None
             if found is None:
                 found, ram_bytes = self._evaluated(filter_sql, include_tail)
-                self._filters.put(key, found, ram_bytes)
+                self._filters.put(key, found, ram_bytes + entry_bytes(filter_sql))
             facts.update(matches=found.rows, cached=cached)
         return found
 

@@ -1,4 +1,4 @@
-"""The client for coroutines, and what the one for threads is made of."""
+"""The client for coroutines."""
 
 from __future__ import annotations
 
@@ -10,22 +10,15 @@ from typing import Any, NoReturn
 import numpy as np
 import pyarrow as pa
 
-from ..errors import (
-    ClientUnusable,
-    DfaissError,
-    InvalidArgument,
-)
+from ..errors import ClientUnusable, DfaissError, InvalidArgument
 from ..search import Explanation
 from ..search.arguments import checked_row_ids
 from ..types import Float32Array
-from .answers import Answer, explanation
+from .answers import Answer, explanation, result_table
 from .asking import unavailable
 from .checks import Asked, checked_seconds
 from .core import Core
-from .questions import (
-    Found,
-    ReconstructAsking,
-)
+from .questions import Found, ReconstructAsking
 from .stats import ClusterStats, cluster_stats
 from .wire import Done, Drain, Reload, Status, StatusReply
 

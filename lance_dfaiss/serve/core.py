@@ -11,14 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..errors import (
-    AccessDenied,
-    ClientUnusable,
-    DfaissError,
-    ProtocolError,
-    SnapshotGone,
-    Unavailable,
-)
+from ..errors import AccessDenied, ClientUnusable, DfaissError, ProtocolError, SnapshotGone, Unavailable
 from ..types import MISSING_ROW_ID
 from .answers import Answer
 from .asking import Asking, Call, unavailable
@@ -26,15 +19,7 @@ from .bridge import forked_error
 from .checks import Asked, Checks, Defaults, no_index
 from .connection import connection_error
 from .fleet import Fleet, Replica
-from .questions import (
-    COALESCED_QUERIES,
-    FetchAsking,
-    Found,
-    KnnAsking,
-    KnnKey,
-    RangeAsking,
-    RangeKey,
-)
+from .questions import COALESCED_QUERIES, FetchAsking, Found, KnnAsking, KnnKey, RangeAsking, RangeKey
 from .wire import Frame, Message, decode
 
 __all__ = ["Core"]

@@ -250,6 +250,12 @@ class Holdings:
         epoch = self.cluster.epoch
         return all(shelf.newest is not None and shelf.newest.offer.epoch == epoch for shelf in self.shelves.values())
 
+    @property
+    def used_at(self) -> float:
+        """When anything was last asked for, on the monotonic clock; -inf for never."""
+        held = (held for shelf in self.shelves.values() for held in shelf.snapshots.values())
+        return max((each.used_at for each in held), default=-math.inf)
+
     def find(self, index: str, at: str) -> Held:
         """Return a snapshot.
 
@@ -352,7 +358,9 @@ class Holdings:
             if pinned is not None:
                 self._put(name, due_at=pinned.committed_at.timestamp())
             opened = None if pinned is None else self._open(shelf, pinned)
-        except Exception as exc:  # an edge: whatever it is, what is held goes on being served, and followed
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as exc:  # an edge: whatever it is, what is held goes on being served, and followed
             error = self._known(name, exc)
             if shelf.problem is None or shelf.swap is None or shelf.swap.outcome != type(error).__name__:
                 _log.warning("index %r: cannot be moved: %s", name, error)
@@ -370,7 +378,7 @@ class Holdings:
         self._swapped(name, swap)
         return None
 
-    def _known(self, name: str, exc: Exception) -> DfaissError:
+    def _known(self, name: str, exc: BaseException) -> DfaissError:
         """Return an error that clients can be told."""
         if isinstance(exc, DfaissError):
             return exc

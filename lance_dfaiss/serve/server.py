@@ -20,6 +20,7 @@ from ..errors import DfaissError
 from ..machine import resident_bytes, usable_cores
 from .answering import Answering, Workload
 from .cluster import ClusterFile, read_cluster, write_cluster
+from .gates import ENDINGS
 from .holdings import HoldingOptions, Holdings, Swap
 from .metrics import ServerMetrics
 from .page import StatusPort
@@ -42,6 +43,9 @@ WATCH_SECONDS = 5.0
 
 FAREWELL_SECONDS = 5.0
 """How long clients may take to read their last answers."""
+
+RETIRE_SECONDS = 10.0
+"""How long nobody has asked a server that is not in the cluster any more, when it ends."""
 
 SWITCH_SECONDS = 0.0005
 """How long a thread may keep the interpreter while another waits for it: the lane hands over a hundred times a
@@ -111,6 +115,7 @@ class Server:
         )
         self.answering = Answering(config.server_id, self.holdings, config.access, config.workload, self.metrics, self)
         self.draining = False
+        self._retired_at: float | None = None
         # One thread: loads never run beside each other.
         self._loader = ThreadPoolExecutor(1, "lance-dfaiss-loader")
 
@@ -278,7 +283,9 @@ class Server:
             await asyncio.sleep(self._until_next_look())
             try:
                 await self._run(self._look)
-            except Exception:  # an edge: whatever it is, it may be over at the next look
+            except ENDINGS:
+                raise
+            except BaseException:  # an edge: whatever it is, it may be over at the next look
                 _log.exception("server %d: could not look for what is new", self.config.server_id)
 
     def _until_next_look(self) -> float:
@@ -290,6 +297,8 @@ class Server:
 
     def _look(self) -> None:
         self._reread()
+        if self._retired_at is not None:
+            return
         if self.holdings.cluster.refresh_seconds:
             self.holdings.follow(self._grid_point())
         else:
@@ -310,14 +319,25 @@ class Server:
         if cluster.epoch <= self.holdings.cluster.epoch:
             return
         if all(entry.id != self.config.server_id for entry in cluster.servers):
-            _log.warning("server %d is not in epoch %d of the cluster: draining", self.config.server_id, cluster.epoch)
-            self._loop.call_soon_threadsafe(self.drain)
+            self._retire(cluster.epoch)
             return
+        self._retired_at = None
         _log.info("server %d: cluster epoch %d", self.config.server_id, cluster.epoch)
         dropped = set(self.holdings.shelves) - {served.name for served in cluster.indexes}
         self.holdings.lay_out(cluster)
         for name in dropped:
             self.metrics.forget(name)
+
+    def _retire(self, epoch: int) -> None:
+        """Drain, once clients have turned to the layout that this server is not in: the others have to load first."""
+        now = time.monotonic()
+        if self._retired_at is None:
+            self._retired_at = now
+            _log.warning(
+                "server %d is not in epoch %d of the cluster: it ends when not asked", self.config.server_id, epoch
+            )
+        if now - max(self._retired_at, self.holdings.used_at) >= RETIRE_SECONDS:
+            self._loop.call_soon_threadsafe(self.drain)
 
     def _reload(self, index: str | None, version: int | None, hold: bool) -> dict[str, Any]:
         self._reread()

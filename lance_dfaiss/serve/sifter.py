@@ -403,6 +403,13 @@ class Sifter:
                 raise
             worker.replace()
             raise self._too_costly(sql, f"took more than {seconds:g} seconds") from exc
+        except DfaissError:
+            raise
+        except BaseException as exc:
+            worker.replace()  # the rest of its answer would be taken for the next one
+            if isinstance(exc, MemoryError):
+                raise self._too_costly(sql, "matches more rows than there is memory for") from exc
+            raise
         finally:
             self._give(at)
 

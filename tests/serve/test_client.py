@@ -36,7 +36,7 @@ from lance_dfaiss.errors import (
     SnapshotGone,
     Unavailable,
 )
-from lance_dfaiss.serve import asking, client, fleet, wire
+from lance_dfaiss.serve import client, fleet, questions, wire
 from lance_dfaiss.serve.client import Answer, AsyncClient, connect, connect_async
 from lance_dfaiss.serve.cluster import ClusterFile, ServedIndex, ServerEntry, read_cluster, write_cluster
 from tests.serve.certificates import Certificates, make_certificates
@@ -75,7 +75,7 @@ def nothing_left(asked: AsyncClient) -> bool:
         for waiting in link.connection.pending.values()
         if not isinstance(waiting, fleet._Ping)
     ]
-    idle = not asked._fleet.askings and not asked._fleet.waiting and not asked._gathered
+    idle = not asked._fleet.askings and not asked._fleet.waiting and not asked.core._gathered
     return not pending and idle and not any(replica.outstanding for replica in replicas)
 
 
@@ -1012,4 +1012,4 @@ def test_an_interrupted_call_is_cancelled(name: str) -> None:
 def test_constants_leave_time_for_each_other() -> None:
     assert fleet.PING_SECONDS < fleet.SUSPECT_SECONDS < fleet.DEAD_SECONDS < client.TIMEOUT_SECONDS
     assert fleet.BACKOFF_MAX_SECONDS < fleet.GRACE_SECONDS
-    assert asking.COALESCED_QUERIES <= 64
+    assert questions.COALESCED_QUERIES <= 64

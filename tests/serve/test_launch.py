@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -358,6 +359,24 @@ def test_a_server_that_hangs_is_killed_when_the_cluster_stops(served: ServedInde
     cluster.stop()  # again, to no effect
     with pytest.raises(CannotServe, match="started already"):
         cluster.start()
+
+
+def test_a_process_that_cannot_be_started_is_tried_again(
+    served: ServedIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    popen, failures = subprocess.Popen, [BlockingIOError(11, "Resource temporarily unavailable")]
+
+    def short_of_processes(*args: Any, **kwargs: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return popen(*args, **kwargs)
+
+    with LocalCluster([served], cluster_file=tmp_path / "cluster.json") as cluster:
+        before = cluster.pids[0]
+        monkeypatch.setattr(subprocess, "Popen", short_of_processes)
+        os.kill(before, signal.SIGKILL)
+        until(lambda: not failures and 0 in cluster.pids and cluster.pids[0] != before)
+        assert cluster.wait_ready(60)
 
 
 def test_servers_end_with_a_launcher_that_is_killed(served: ServedIndex, tmp_path: Path) -> None:

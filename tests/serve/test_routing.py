@@ -171,8 +171,8 @@ def _loads(draw: st.DrawFn) -> list[ReplicaLoad]:
 def test_the_least_busy_of_the_healthy_is_asked(loads: list[ReplicaLoad], seed: int) -> None:
     chosen = pick(loads, 10.0, random.Random(seed).random)
     for other in loads:
-        ours = (chosen.suspect, chosen.is_slow(10.0), chosen.outstanding, chosen.step(10.0))
-        assert ours <= (other.suspect, other.is_slow(10.0), other.outstanding, other.step(10.0))
+        ours = (chosen.suspect, chosen.rests(10.0), chosen.outstanding, chosen.step(10.0))
+        assert ours <= (other.suspect, other.rests(10.0), other.outstanding, other.step(10.0))
 
 
 def test_equals_take_turns() -> None:
@@ -214,25 +214,25 @@ def test_a_replica_that_comes_back_is_trusted_at_once() -> None:
     for _ in range(8):
         load.began(1, 0.0)
         load.overtaken(0.01, 0.0)
-    assert load.is_slow(SLOW_MAX_SECONDS - 0.1)
+    assert load.rests(SLOW_MAX_SECONDS - 0.1)
     load.answered(0.001, 1.0)
-    assert not load.is_slow(1.0)
+    assert not load.rests(1.0)
 
 
 def test_all_that_waited_for_it_count_as_one() -> None:
     load = ReplicaLoad()
     for _ in range(8):
         load.overtaken(0.01, 0.0)
-    assert not load.is_slow(SLOW_FIRST_SECONDS)
+    assert not load.rests(SLOW_FIRST_SECONDS)
 
 
 def test_one_probe_at_a_time() -> None:
     load = ReplicaLoad()
     load.overtaken(0.01, 0.0)
     now = SLOW_FIRST_SECONDS
-    assert not load.is_slow(now)
+    assert not load.rests(now)
     load.began(1, now)
-    assert load.is_slow(now)
+    assert load.rests(now)
 
 
 @given(st.lists(st.tuples(st.integers(1, 64), st.booleans()), max_size=300))

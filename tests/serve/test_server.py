@@ -38,9 +38,10 @@ from lance_dfaiss.merge import merge_topk
 from lance_dfaiss.search.index import Index
 from lance_dfaiss.search.view import View
 from lance_dfaiss.serve import peer, wire
-from lance_dfaiss.serve.answering import MAX_FETCH_ROWS, Workload
+from lance_dfaiss.serve.answering import Workload
 from lance_dfaiss.serve.cluster import ServedIndex
 from lance_dfaiss.serve.holdings import HoldingOptions
+from lance_dfaiss.serve.reading import MAX_FETCH_ROWS
 from lance_dfaiss.serve.security import Access
 from lance_dfaiss.serve.status import IndexStatus, ServerStatus, SnapshotStatus, SwapStatus, TrafficSummary
 from tests.serve.inprocess import Cluster, Door, Running, Settings, running, until
@@ -275,6 +276,24 @@ def test_refused_and_the_connection_goes_on(case: str, client: RawClient, data: 
     served_still(client, data)
 
 
+def test_queries_of_another_size(client: RawClient, data: Data) -> None:
+    # The index may have been built anew with another dimension, a moment ago: no reason to hang up.
+    query = data.queries[:1].tobytes()
+    for message, payload, text in (
+        (knn(client, 2), query, "64 bytes are not 2 queries"),
+        (knn(client), query + b"\0", "65 bytes"),
+        (knn(client), b"", "0 bytes"),
+        (knn(client, dtype="f8"), query * 2, "of type 'f8'"),
+        (knn(client, dtype="f2"), query, "as f2"),
+    ):
+        with pytest.raises(InvalidArgument, match=text):
+            client.ask(message, payload)
+    within = wire.Range(index="near", at=client.offer("near").at, radius=1.0)
+    with pytest.raises(InvalidArgument, match="128 bytes are not 1 queries"):
+        client.ask(within, query * 2)
+    served_still(client, data)
+
+
 def test_queries_that_are_none(client: RawClient, data: Data) -> None:
     for value in (np.nan, np.inf):
         broken = data.queries[:2].copy()
@@ -369,9 +388,6 @@ def _raw(kind: int, header: bytes, payload: bytes = b"", request_id: int = 7) ->
 def test_what_ends_a_connection(client: RawClient, pair: Cluster, data: Data) -> None:
     good = data.queries[:1].tobytes()
     bad: list[tuple[wire.Message | bytes, bytes, str]] = [
-        (knn(client, 2), good, "64 bytes are not 2 queries"),
-        (knn(client), good + b"\0", "65 bytes"),
-        (knn(client, dtype="f8"), good * 2, "of type 'f8'"),
         (wire.Fetch(index="near", at=client.offer("near").at, n=3), good, "not 3 row ids"),
         (wire.Reconstruct(index="near", at=client.offer("near").at, n=3), good, "not 3 row ids"),
         (wire.Hello(protocol=wire.PROTOCOL), b"", "nothing to send"),
@@ -496,12 +512,12 @@ def test_too_much_that_is_unfinished(own: tuple[Running, Data], monkeypatch: pyt
 
 def test_too_many_that_read(own: tuple[Running, Data], monkeypatch: pytest.MonkeyPatch) -> None:
     server, data = own
-    monkeypatch.setattr("lance_dfaiss.serve.answering.MAX_READS", 2)
+    monkeypatch.setattr("lance_dfaiss.serve.gates.MAX_INSIDE", 2)
     gate, fetch = threading.Event(), View.fetch
 
-    def held_up(view: View, *args: Any) -> pa.Table:
+    def held_up(view: View, *args: Any, **more: Any) -> pa.Table:
         assert gate.wait(30)
-        return fetch(view, *args)
+        return fetch(view, *args, **more)
 
     monkeypatch.setattr(View, "fetch", held_up)
     row_ids = np.arange(4, 6, dtype=np.uint64).tobytes()
@@ -859,7 +875,7 @@ def test_failures_that_nobody_thought_of(
     server, data = own
     rows = np.arange(3, dtype=np.uint64).tobytes()
 
-    def broken(*_: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("a secret")
 
     with RawClient(server.address) as client, RawClient(server.address) as other, monkeypatch.context() as patch:
