@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -40,6 +39,7 @@ Columns: TypeAlias = "list[str] | dict[str, str] | None"
 """As Lance takes them."""
 
 
+_OFFSET_BYTES = 8
 _TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
 
 
@@ -189,29 +189,47 @@ def row_bytes(array: pa.Array) -> Int64Array:
     kind = array.type
     if isinstance(kind, pa.ExtensionType):
         return row_bytes(array.storage)
-    if pa.types.is_struct(kind):
-        return sum((row_bytes(child) for child in array.flatten()), np.zeros(len(array), np.int64))
     if pa.types.is_dictionary(kind):
         return row_bytes(array.indices)
-    if pa.types.is_fixed_size_list(kind):
-        # `flatten` leaves out what is null, so the length of one value has to be even.
-        with contextlib.suppress(ValueError):
-            return np.full(len(array), max(kind.value_type.bit_width // 8, 1) * kind.list_size, np.int64)
-    elif pa.types.is_map(kind):
+    if pa.types.is_struct(kind):
+        return _summed(array.flatten(), len(array))
+    if pa.types.is_map(kind):
         ends = np.asarray(array.offsets, dtype=np.int64)
-        sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(row_bytes(array.keys) + row_bytes(array.items))])
-        return sums[ends[1:]] - sums[ends[:-1]] + 8
-    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _spans(row_bytes(array.keys) + row_bytes(array.items), ends[:-1], ends[1:])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         lengths = np.asarray(array.value_lengths().fill_null(0), dtype=np.int64)
         ends = np.cumsum(lengths)
-        sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(row_bytes(array.flatten()))])
-        return sums[ends] - sums[ends - lengths] + 8
-    elif any(test(kind) for test in _TEXTS):
-        return np.asarray(pc.binary_length(array).fill_null(0), dtype=np.int64) + 8
-    else:
-        with contextlib.suppress(ValueError):  # of no fixed width
-            return np.full(len(array), max(kind.bit_width // 8, 1), np.int64)
-    return np.full(len(array), array.nbytes, np.int64)
+        return _spans(row_bytes(array.flatten()), ends - lengths, ends)
+    if any(test(kind) for test in _TEXTS):
+        return np.asarray(pc.binary_length(array).fill_null(0), dtype=np.int64) + _OFFSET_BYTES
+    width = _width(kind)
+    return np.full(len(array), array.nbytes if width is None else width, np.int64)
+
+
+def _width(kind: pa.DataType) -> int | None:
+    """Return the bytes of one value, where all have as many."""
+    if pa.types.is_fixed_size_list(kind):
+        width = _width(kind.value_type)
+        return None if width is None else width * int(kind.list_size)
+    try:
+        return max(int(kind.bit_width) // 8, 1)
+    except ValueError:
+        return None
+
+
+def _spans(values: Int64Array, starts: Int64Array, ends: Int64Array) -> Int64Array:
+    """Return the sums of some spans of values, and what their offsets take."""
+    sums = np.zeros(len(values) + 1, np.int64)
+    np.cumsum(values, out=sums[1:])
+    spans: Int64Array = sums[ends] - sums[starts] + _OFFSET_BYTES
+    return spans
+
+
+def _summed(arrays: Iterable[pa.Array], rows: int) -> Int64Array:
+    total = np.zeros(rows, np.int64)
+    for array in arrays:
+        total += row_bytes(array)
+    return total
 
 
 def _bounded(take: Callable[[UInt64Array], pa.Table], row_ids: UInt64Array, go_on: Callable[[], None]) -> pa.Table:
@@ -233,7 +251,7 @@ def _bounded(take: Callable[[UInt64Array], pa.Table], row_ids: UInt64Array, go_o
         _check_length(held_bytes)
     table = pa.concat_tables(tables).combine_chunks()
     if len(unique) < len(row_ids):
-        lengths = sum((row_bytes(_one(column)) for column in table.columns), np.zeros(len(table), np.int64))
+        lengths = _summed(map(_one, table.columns), len(table))
         _check_length(int(lengths[inverse].sum()))
     return table.take(pa.array(inverse))
 

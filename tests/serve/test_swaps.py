@@ -228,7 +228,7 @@ _LIFE = (
 
 @pytest.mark.parametrize("stable", [False, True], ids=["addresses", "stable ids"])
 def test_a_life_under_load(stable: bool, tmp_path: Path) -> None:
-    _live(World(tmp_path, stable=stable), tmp_path, _LIFE)
+    _live(World(tmp_path, stable=stable), tmp_path, _LIFE[:13] if stable else _LIFE)
 
 
 @pytest.mark.nightly
@@ -435,7 +435,8 @@ def _shares(cluster: Cluster) -> dict[int, set[str]]:
     return shares
 
 
-def test_a_server_joins_and_leaves_under_load(tmp_path: Path) -> None:
+def test_a_server_joins_and_leaves_under_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lance_dfaiss.serve.server.RETIRE_SECONDS", 0.2)
     world = World(tmp_path, num_shards=10)
     world.append()
     with running(tmp_path, world.served, servers=3, refresh_seconds=REFRESH, settings=_settings()) as cluster:
