@@ -20,10 +20,7 @@ from ..pointers import find_pointer
 from ..progress import PhaseMeter, Progress, SilentProgress
 from ..spec import SearchOptions
 from ..types import (
-    DISTANCE_COLUMN,
     MISSING_ROW_ID,
-    QUERY_INDEX_COLUMN,
-    ROW_ID_COLUMN,
     Float32Array,
     Int64Array,
     UInt64Array,
@@ -31,7 +28,6 @@ from ..types import (
 from ..vectors import as_queries
 from .arguments import (
     MAX_RESULTS,
-    OWN_COLUMNS,
     checked_columns,
     checked_filter,
     checked_filter_columns,
@@ -44,6 +40,7 @@ from .arguments import (
 from .load import Generation, in_order, is_model_of, load_model_of, load_segments, read_generation, reusable
 from .portion import Portion
 from .resolve import resolve_generation
+from .tables import columns_with_vectors, result_table
 from .tail import MAX_TAIL_BYTES, MAX_TAIL_ROWS, TailLimits
 from .trace import Explanation, Trace
 from .view import Sift, View
@@ -448,7 +445,7 @@ class Index:
         view = self._view
         array, single = as_queries(query, view.model.spec.dim, view.metric)
         widths = view.widths(nprobe, ef, k_factor)
-        wanted = _with_vectors(view, checked_columns(columns), with_vectors)
+        wanted = columns_with_vectors(view.resolution.column.name, checked_columns(columns), with_vectors)
         k = checked_k(k)
         if len(array) * min(k, max(view.rows, 1)) > MAX_RESULTS:
             raise too_many_results(len(array), k)
@@ -505,7 +502,7 @@ class Index:
                 value=array.shape,
             )
         view.widths(nprobe, None, None)
-        wanted = _with_vectors(view, checked_columns(columns), with_vectors)
+        wanted = columns_with_vectors(view.resolution.column.name, checked_columns(columns), with_vectors)
         radius = checked_radius(radius, view.metric)
         selection = view.select(checked_filter(filter), include_tail=include_tail and not fast_search)
         distances, row_ids = view.within(array, radius, nprobe, selection)
@@ -614,24 +611,6 @@ class Index:
         )
 
 
-def _with_vectors(
-    view: View, columns: list[str] | dict[str, str] | None, with_vectors: bool
-) -> list[str] | dict[str, str] | None:
-    name = view.resolution.column.name
-    if not with_vectors or columns is None:
-        return columns
-    if isinstance(columns, dict) and columns.get(name, name) not in (name, f"`{name}`"):
-        raise InvalidArgument(
-            f"columns makes a column {name!r}, and with_vectors=True fetches one of that name",
-            remedy="Give it another name",
-            parameter="columns",
-            value=columns,
-        )
-    if name in columns:
-        return columns
-    return {**columns, name: name} if isinstance(columns, dict) else [*columns, name]
-
-
 def _table(
     view: View,
     distances: Float32Array,
@@ -640,20 +619,8 @@ def _table(
     *,
     single: bool,
 ) -> pa.Table:
-    found = row_ids != MISSING_ROW_ID
-    flat_ids, flat_distances = row_ids[found], distances[found]
-    arrays: list[Any] = [pa.array(flat_distances, pa.float32()), pa.array(flat_ids, pa.uint64())]
-    fields = [pa.field(DISTANCE_COLUMN, pa.float32()), pa.field(ROW_ID_COLUMN, pa.uint64())]
-    if columns is None or len(columns):
-        fetched = view.fetch(flat_ids, columns)
-        kept = [name for name in fetched.schema.names if name not in OWN_COLUMNS]
-        arrays = [fetched.column(name) for name in kept] + arrays
-        fields = [fetched.schema.field(name) for name in kept] + fields
-    if not single:
-        query = np.repeat(np.arange(len(distances), dtype=np.int32), found.sum(axis=1))
-        arrays.insert(0, pa.array(query))
-        fields.insert(0, pa.field(QUERY_INDEX_COLUMN, pa.int32(), nullable=False))
-    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+    fetched = view.fetch(row_ids[row_ids != MISSING_ROW_ID], columns) if columns is None or len(columns) else None
+    return result_table(distances, row_ids, fetched, single=single)
 
 
 def _limit(parameter: str, value: Any) -> int:

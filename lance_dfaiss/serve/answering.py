@@ -268,7 +268,8 @@ class Answering:
             self._release(ticket)
         else:
             ticket.task.cancel()  # what it holds is let go when it has ended
-        results = ticket.work
+        # Not for the next collection of garbage: it refers to the ticket, and may hold megabytes.
+        results, ticket.work = ticket.work, None
         if isinstance(results, _Results) and results.waiting is not None:
             self.lane.drop(results.waiting)
 
@@ -392,7 +393,7 @@ class Answering:
         _check_admin(peer)
 
         async def reload() -> Message:
-            return Done(facts={"at": await self._control.reload(message.index, message.version, hold=message.hold)})
+            return Done(facts=await self._control.reload(message.index, message.version, hold=message.hold))
 
         self._later(ticket, reload)
 
@@ -613,7 +614,7 @@ class Answering:
             return
         ticket.peer.send(message, ticket.request_id, payload)  # first: it may be too long, and then fails
         del ticket.peer.pending[ticket.request_id]
-        ticket.gone = True
+        ticket.gone, ticket.work = True, None
         if ticket.task is None:  # or it is let go with the task
             self._release(ticket)
         self._metrics.answered(ticket.kind, "ok", ticket.queries, time.monotonic() - ticket.started)

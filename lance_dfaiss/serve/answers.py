@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ..errors import InvalidArgument, ProtocolError
+from ..errors import ProtocolError
 from ..search import Explanation
-from ..search.arguments import OWN_COLUMNS
 from ..search.trace import Stage
 from ..types import (
-    DISTANCE_COLUMN,
     MISSING_ROW_ID,
-    QUERY_INDEX_COLUMN,
-    ROW_ID_COLUMN,
     Float32Array,
     UInt64Array,
 )
 from .wire import Buffer, Offer
 
-__all__ = ["Answer", "columns_with_vectors", "explanation", "read_table", "result_table", "rows_taken"]
+__all__ = ["METADATA_KEY", "Answer", "explanation", "read_table", "rows_taken"]
 
 METADATA_KEY = b"lance_dfaiss"
 """Of a table's schema: what the answer covers, as JSON."""
@@ -71,31 +66,6 @@ class Answer(tuple[Float32Array, UInt64Array]):
         return tuple(self), vars(self)
 
 
-def columns_with_vectors(
-    offer: Offer, columns: list[str] | dict[str, str] | None, with_vectors: bool
-) -> list[str] | dict[str, str] | None:
-    """Return the columns to fetch, the vectors among them if they are wanted.
-
-    Raises
-    ------
-    InvalidArgument
-        If an expression has the name of the vector column.
-    """
-    name = offer.column
-    if not with_vectors or columns is None:
-        return columns
-    if isinstance(columns, dict) and columns.get(name, name) not in (name, f"`{name}`"):
-        raise InvalidArgument(
-            f"columns makes a column {name!r}, and with_vectors=True fetches one of that name",
-            remedy="Give it another name",
-            parameter="columns",
-            value=columns,
-        )
-    if name in columns:
-        return columns
-    return {**columns, name: name} if isinstance(columns, dict) else [*columns, name]
-
-
 def read_table(payload: Buffer) -> pa.Table:
     """Return the table in an Arrow IPC stream.
 
@@ -125,42 +95,6 @@ def rows_taken(tables: Sequence[tuple[UInt64Array, pa.Table]], row_ids: UInt64Ar
     table = pa.concat_tables([table for _, table in tables])
     order = np.argsort(known, kind="stable")
     return table.take(pa.array(order[np.searchsorted(known[order], row_ids)]))
-
-
-def result_table(
-    distances: Float32Array,
-    row_ids: UInt64Array,
-    fetched: pa.Table | None,
-    *,
-    single: bool,
-    facts: Mapping[str, Any],
-) -> pa.Table:
-    """Return results like `Index.search` does.
-
-    Parameters
-    ----------
-    distances, row_ids : numpy.ndarray
-        float32 and uint64 ``(n_queries, width)``; `MISSING_ROW_ID` where there is none.
-    fetched : pyarrow.Table or None
-        Columns of the results that are rows, query by query.
-    single : bool
-        There was one query, which was no batch.
-    facts : mapping
-        For the metadata.
-    """
-    found = row_ids != MISSING_ROW_ID
-    arrays: list[Any] = [pa.array(distances[found], pa.float32()), pa.array(row_ids[found], pa.uint64())]
-    fields = [pa.field(DISTANCE_COLUMN, pa.float32()), pa.field(ROW_ID_COLUMN, pa.uint64())]
-    if fetched is not None:
-        kept = [name for name in fetched.schema.names if name not in OWN_COLUMNS]
-        arrays = [fetched.column(name) for name in kept] + arrays
-        fields = [fetched.schema.field(name) for name in kept] + fields
-    if not single:
-        query = np.repeat(np.arange(len(distances), dtype=np.int32), found.sum(axis=1))
-        arrays.insert(0, pa.array(query))
-        fields.insert(0, pa.field(QUERY_INDEX_COLUMN, pa.int32(), nullable=False))
-    metadata = {METADATA_KEY: json.dumps(dict(facts)).encode()}
-    return pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=metadata))
 
 
 def explanation(

@@ -243,9 +243,11 @@ class Part:
     def _hedge(self, seconds: float) -> None:
         """Ask another replica too, if that is not too much."""
         self.timer = None
-        if not self._untried():
+        untried, now = self._untried(), time.monotonic()
+        if not untried:
             return
-        if not self.asking.fleet.budget.spend(self.n) or not self.ask():
+        helpful = any(replica.may_help(now) for replica in untried)
+        if not helpful or not self.asking.fleet.budget.spend(self.n) or not self.ask():
             self._arm(2 * seconds)
 
 

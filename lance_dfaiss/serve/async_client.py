@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -13,8 +14,9 @@ import pyarrow as pa
 from ..errors import ClientUnusable, DfaissError, InvalidArgument
 from ..search import Explanation
 from ..search.arguments import checked_row_ids
+from ..search.tables import result_table
 from ..types import Float32Array
-from .answers import Answer, explanation, result_table
+from .answers import METADATA_KEY, Answer, explanation
 from .asking import unavailable
 from .checks import Asked, checked_seconds
 from .core import Core
@@ -198,15 +200,28 @@ class AsyncClient:
         """Move all servers to a dataset version; see `Client.reload`."""
         self.core.check_usable()
         replicas = list(self._fleet.replicas.values())
-        message, seconds = Reload(index=index, version=version), checked_seconds(timeout)
-        done = await asyncio.gather(
-            *(self.core.tell(replica, message, Done, seconds) for replica in replicas), return_exceptions=True
-        )
-        # All have answered before any error is told: none is left in the middle of it unseen.
-        for reply in done:
-            if isinstance(reply, BaseException):
-                raise reply
-        return {replica.entry.id: reply.facts for replica, reply in zip(replicas, done, strict=True)}  # type: ignore[union-attr]
+        seconds, hold = checked_seconds(timeout), version is not None
+        told: dict[int, dict[str, Any]] = {}
+        if version is None and replicas:
+            # One of them looks which the newest version is, and the others are told: they might find a newer one.
+            first = replicas.pop(0)
+            reply = await self.core.tell(first, Reload(index=index), Done, seconds)
+            told[first.entry.id] = reply.facts
+            wanted = [Reload(index=name, version=found) for name, found in reply.facts["versions"].items()]
+        else:
+            wanted = [Reload(index=index, version=version, hold=hold)]
+        for message in wanted:
+            done = await asyncio.gather(
+                *(self.core.tell(replica, message, Done, seconds) for replica in replicas), return_exceptions=True
+            )
+            # All have answered before any error is told: none is left in the middle of it unseen.
+            for replica, answer in zip(replicas, done, strict=True):
+                if isinstance(answer, BaseException):
+                    raise answer
+                facts = told.setdefault(replica.entry.id, {"at": {}, "versions": {}})
+                for key, found in answer.facts.items():
+                    facts[key].update(found)
+        return told
 
     async def drain(self, server: int, *, timeout: float | None = None) -> None:
         """Have a server stop, after it has answered what it was asked; see `Client.drain`."""
@@ -225,7 +240,8 @@ def table_of(asked: Asked, found: Found, fetched: pa.Table | None) -> pa.Table:
     """Return what a search found as a table."""
     answer = found.answer
     facts = {"coverage": answer.coverage, "version": answer.version, "generation": answer.generation}
-    return result_table(answer[0], answer[1], fetched, single=asked.single, facts=facts)
+    metadata = {METADATA_KEY: json.dumps(facts).encode()}
+    return result_table(answer[0], answer[1], fetched, single=asked.single, metadata=metadata)
 
 
 def refuse_pickling() -> NoReturn:

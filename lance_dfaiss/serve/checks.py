@@ -19,10 +19,10 @@ from ..search.arguments import (
     checked_radius,
     too_many_results,
 )
+from ..search.tables import columns_with_vectors
 from ..spec import SearchOptions
 from ..types import Float32Array
 from ..vectors import as_queries
-from .answers import columns_with_vectors
 from .asking import unavailable
 from .fleet import Fleet
 from .questions import KnnKey, RangeKey
@@ -137,7 +137,7 @@ class Checks:
         offer = self.offer(index)
         array, single = as_queries(query, offer.dim, offer.metric)
         _checked_widths(nprobe, ef, k_factor)
-        wanted = columns_with_vectors(offer, checked_columns(columns), with_vectors)
+        wanted = columns_with_vectors(offer.column, checked_columns(columns), with_vectors)
         k = checked_k(k)
         if len(array) * min(k, max(sum(offer.rows), 1)) > MAX_RESULTS:
             raise too_many_results(len(array), k)
@@ -160,7 +160,7 @@ class Checks:
                 value=array.shape,
             )
         widths = _checked_widths(nprobe, None, None)
-        wanted = columns_with_vectors(offer, checked_columns(columns), with_vectors)
+        wanted = columns_with_vectors(offer.column, checked_columns(columns), with_vectors)
         key = RangeKey(
             offer.index,
             checked_radius(radius, offer.metric),

@@ -445,14 +445,15 @@ class Client:
         index : str, optional
             Name of the index; all of them by default.
         version : int, optional
-            Dataset version; the newest by default.
+            Dataset version; the newest by default. One that is named is held until the next call: servers do not
+            follow the dataset meanwhile.
         timeout : float
             Seconds to wait for servers, which load what is new.
 
         Returns
         -------
         dict of int to dict
-            What each server says that it did.
+            By server: ``at`` and ``versions``, the snapshot and dataset version of each index it moved.
 
         Raises
         ------

@@ -323,7 +323,7 @@ class Link:
         self._replica.suspect = self._replica.mute = False  # what another connection to it is like is not known
         self._replica.error = error
         self._lost.set_result(error)
-        expected = self._replica.draining or self._replica.retired or isinstance(error, ClientUnusable)
+        expected = self._replica.draining or self._replica.retired or self._closed
         now = time.monotonic()
         if not expected and now - self._replica.warned_at > WARN_SECONDS:
             self._replica.missed, self._replica.warned_at = True, now

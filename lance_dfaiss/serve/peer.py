@@ -181,9 +181,9 @@ class Peer(asyncio.Protocol):
             self._host.dropped(ticket)
         self._host.unfinished(-self._unfinished)
         self._unfinished = 0
-        self._host.unsent(-self._waiting_bytes)
-        self._waiting_bytes = 0
         self._host.left(self)
+        waiting, self._waiting_bytes = self._waiting_bytes, 0
+        self._host.unsent(-waiting)
         if exc is not None:
             _log.debug("client %s is gone: %s", self.name, exc)
 

@@ -316,6 +316,10 @@ class ReplicaLoad:
         """Tell whether it is to be left alone, as it is slow, silent, or full."""
         return self.mute or now < self._slow_until or now < self._refused_until
 
+    def may_help(self, now: float) -> bool:
+        """Tell whether it is worth asking beside another one: neither silent nor full."""
+        return not self.suspect and not self.mute and now >= self._refused_until
+
     def step(self, now: float) -> int:
         """Return its recent latency in steps of a factor of two, 0 if unknown: less than that is chance."""
         if now - self._seen_at > LATENCY_FRESH_SECONDS:

@@ -344,10 +344,11 @@ class Server:
         moved = self.holdings.move(index, version)
         # Where versions are not followed, a server that is started later must come to where this one is now.
         stays = hold or not self.holdings.cluster.refresh_seconds
-        versions = {name: self.holdings.version_of(name) if stays else None for name in moved}
-        self.holdings.hold(versions)
-        self._write_down(versions)
-        return moved
+        versions = {name: self.holdings.version_of(name) for name in moved}
+        held = {name: version if stays else None for name, version in versions.items()}
+        self.holdings.hold(held)
+        self._write_down(held)
+        return {"at": moved, "versions": versions}
 
     def _write_down(self, versions: Mapping[str, int | None]) -> None:
         """Note in the cluster file at which versions indexes stay, unless another server has."""

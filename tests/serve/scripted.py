@@ -133,9 +133,10 @@ class ScriptedServer:
         return sum(isinstance(message, wire.Knn) for message in self.requests)
 
     def found(self, message: wire.Knn, payload: memoryview) -> tuple[wire.Message, list[wire.Buffer]]:
-        queries = wire.queries_of(payload, message.n, DIM, message.dtype)
-        version = next(offer.version for offer in self.offers if offer.at == message.at)
-        distances, row_ids = nearest(self.vectors * version, self.row_ids, queries, message.k)
+        offer = next(offer for offer in self.offers if offer.at == message.at)
+        queries = wire.queries_of(payload, message.n, offer.dim, message.dtype)
+        vectors = self.vectors[:, : offer.dim] * offer.version
+        distances, row_ids = nearest(vectors, self.row_ids, queries, message.k)
         parts = wire.joined_results(distances, row_ids)
         if message.columns:
             parts.append(self.columns(row_ids[row_ids != MISSING], message.columns))

@@ -34,7 +34,7 @@ from lance_dfaiss.serve import wire
 from lance_dfaiss.serve.client import Client
 from lance_dfaiss.serve.security import client_tls
 from tests.serve.certificates import make_certificates
-from tests.serve.chaos import LISTS, NAME, K, Load, Place, Words
+from tests.serve.chaos import LISTS, NAME, K, Load, Place, Truth
 from tests.serve.inprocess import until
 from tests.serve.rawclient import RawClient
 
@@ -70,7 +70,7 @@ def serving(
 def assert_serves(client: Client, place: Place) -> None:
     with Load(client, place, threads=1) as load:
         load.wait_more(0.0)
-    assert not load.problems(Words(place))
+    assert not load.problems(Truth(place))
 
 
 def test_who_has_no_right_to_ask(place: Place, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.serve.chaos import (
     Load,
     OnHosts,
     Place,
-    Words,
+    Truth,
     assert_recovered,
     first_over_median,
     overload_a_server,
@@ -37,8 +37,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 @pytest.fixture(scope="module")
-def words(place: Place) -> Words:
-    return Words(place)
+def truth(place: Place) -> Truth:
+    return Truth(place)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def cluster(place: Place, tmp_path: Path) -> Iterator[LocalCluster]:
         yield started
 
 
-def test_each_server_may_be_killed_and_stopped(cluster: LocalCluster, place: Place, words: Words) -> None:
+def test_each_server_may_be_killed_and_stopped(cluster: LocalCluster, place: Place, truth: Truth) -> None:
     with lance_dfaiss.connect(cluster.cluster_file) as client, Load(client, place) as load:
         for server in range(4):
             load.wait_more(3.0)
@@ -62,10 +62,10 @@ def test_each_server_may_be_killed_and_stopped(cluster: LocalCluster, place: Pla
                 moment = load.wait_more(8.0)
                 assert_recovered(load, moment, f"SIGSTOP of server {server}")
             until(lambda: sum(map(len, client.stats().servers_by_group)) == 4)
-    assert not load.problems(words)
+    assert not load.problems(truth)
 
 
-def test_any_server_may_be_killed_at_any_time(cluster: LocalCluster, place: Place, words: Words) -> None:
+def test_any_server_may_be_killed_at_any_time(cluster: LocalCluster, place: Place, truth: Truth) -> None:
     # Also one that has just come back, but never two of one group at once.
     rng = np.random.default_rng(7)
     with lance_dfaiss.connect(cluster.cluster_file) as client, Load(client, place, per_second=100.0) as load:
@@ -74,10 +74,10 @@ def test_any_server_may_be_killed_at_any_time(cluster: LocalCluster, place: Plac
             load.wait_more(float(rng.uniform(0.0, 0.5)))
             assert cluster.wait_ready(60)
             until(lambda: sum(map(len, client.stats().servers_by_group)) == 4)
-    assert not load.problems(words)
+    assert not load.problems(truth)
 
 
-def test_two_servers_of_different_groups_at_once(cluster: LocalCluster, place: Place, words: Words) -> None:
+def test_two_servers_of_different_groups_at_once(cluster: LocalCluster, place: Place, truth: Truth) -> None:
     layout = cluster.cluster.servers
     first = layout[0]
     second = next(entry for entry in layout if entry.group != first.group)
@@ -94,10 +94,10 @@ def test_two_servers_of_different_groups_at_once(cluster: LocalCluster, place: P
             # Who comes now finds the others.
             with lance_dfaiss.connect(cluster.cluster_file) as late:
                 assert late.stats().coverage == 1.0
-    assert not load.problems(words)
+    assert not load.problems(truth)
 
 
-def test_servers_that_join_and_leave(cluster: LocalCluster, place: Place, words: Words) -> None:
+def test_servers_that_join_and_leave(cluster: LocalCluster, place: Place, truth: Truth) -> None:
     with lance_dfaiss.connect(cluster.cluster_file) as client, Load(client, place, kinds=KINDS) as load:
         load.wait_more(2.0)
         joined = [cluster.add_server().id for _ in range(2)]
@@ -110,10 +110,10 @@ def test_servers_that_join_and_leave(cluster: LocalCluster, place: Place, words:
             cluster.remove_server(server)
         until(lambda: sum(map(len, client.stats().servers_by_group)) == 4)
         load.wait_more(1.0)
-    assert not load.problems(words)
+    assert not load.problems(truth)
 
 
-def test_as_many_calls_as_there_can_be(cluster: LocalCluster, place: Place, words: Words) -> None:
+def test_as_many_calls_as_there_can_be(cluster: LocalCluster, place: Place, truth: Truth) -> None:
     # Many threads without a pause, so that something is under way whenever something happens.
     with (
         lance_dfaiss.connect(cluster.cluster_file, connections=2) as client,
@@ -128,12 +128,13 @@ def test_as_many_calls_as_there_can_be(cluster: LocalCluster, place: Place, word
                 load.wait_more(2.0)
             until(lambda: sum(map(len, client.stats().servers_by_group)) == 4)
         cluster.rolling_restart()
-    assert not load.problems(words)
+    assert not load.problems(truth)
 
 
-def test_everything_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_everything_at_once(tmp_path: Path, seed: int) -> None:
     # Servers move by themselves, each when it comes to it, while rows come and go, and servers are killed or stopped.
-    place, rng = Place(tmp_path), np.random.default_rng(11)
+    place, rng = Place(tmp_path), np.random.default_rng(seed)
     with (
         LocalCluster(
             place.served, servers=4, replicas=2, cluster_file=tmp_path / "c.json", refresh_seconds=0.7, http=False,
@@ -154,19 +155,19 @@ def test_everything_at_once(tmp_path: Path) -> None:
             if step % 6 in (2, 5):
                 assert cluster.wait_ready(60)
                 until(lambda: sum(map(len, client.stats().servers_by_group)) == 4)
-    assert not load.problems(Words(place))
+    assert not load.problems(Truth(place))
     assert len({seen.version for seen in load.seen}) > 20
 
 
-def test_rolling_restarts(cluster: LocalCluster, place: Place, words: Words) -> None:
+def test_rolling_restarts(cluster: LocalCluster, place: Place, truth: Truth) -> None:
     with lance_dfaiss.connect(cluster.cluster_file) as client, Load(client, place, threads=8) as load:
         for _ in range(3):
             cluster.rolling_restart()
-    assert not load.problems(words)
+    assert not load.problems(truth)
 
 
 @pytest.mark.skipif(bool(NO_HOSTS), reason=NO_HOSTS)
-def test_each_host_may_be_cut_off(place: Place, words: Words, tmp_path: Path) -> None:
+def test_each_host_may_be_cut_off(place: Place, truth: Truth, tmp_path: Path) -> None:
     with Hosts(5) as hosts, OnHosts(hosts, place, tmp_path) as servers:
         with hosts.inside(0):
             client = servers.connect()
@@ -178,7 +179,7 @@ def test_each_host_may_be_cut_off(place: Place, words: Words, tmp_path: Path) ->
                 assert_recovered(load, moment, f"cut link of host {host}")
                 hosts.heal(host)
                 until(lambda: sum(map(len, client.stats().servers_by_group)) == 4)
-        assert not load.problems(words)
+        assert not load.problems(truth)
 
 
 @pytest.mark.parametrize("swaps", [20, 100])

@@ -25,7 +25,7 @@ from lance_dfaiss.launch import LocalCluster, ServeOptions
 from lance_dfaiss.serve import wire
 from lance_dfaiss.serve.peer import HELLO_SECONDS
 from tests.serve.certificates import make_certificates
-from tests.serve.chaos import GROWTH, Load, Place, Words, resident
+from tests.serve.chaos import GROWTH, Load, Place, Truth, resident
 from tests.serve.mutated_frames import frame_of, frames_of_every_kind, mutated
 from tests.serve.rawclient import RawClient
 
@@ -39,8 +39,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 @pytest.fixture(scope="module")
-def words(place: Place) -> Words:
-    return Words(place)
+def truth(place: Place) -> Truth:
+    return Truth(place)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def silent(address: Address) -> Iterator[list[socket.socket]]:
 
 @pytest.fixture(autouse=True)
 def unharmed(
-    cluster: LocalCluster, place: Place, words: Words, silent: list[socket.socket], said: list[str]
+    cluster: LocalCluster, place: Place, truth: Truth, silent: list[socket.socket], said: list[str]
 ) -> Iterator[Load]:
     """Somebody else's connection, on which all is well during every test; the server stays the same process."""
     del silent  # opened before anything else
@@ -99,7 +99,7 @@ def unharmed(
     with lance_dfaiss.connect(cluster.cluster_file) as client, Load(client, place, threads=2) as load:
         yield load
         load.wait_more(0.0)
-    assert not load.problems(words)
+    assert not load.problems(truth)
     assert len(load.seen) >= 2
     assert cluster.pids == {0: pid}
     assert not [line for line in said if "Traceback" in line], said[-30:]
@@ -237,7 +237,7 @@ def test_clear_text_at_a_port_with_tls(place: Place, tmp_path: Path) -> None:
                         pass
         with lance_dfaiss.connect(file, tls=certificates.ca.cert) as client, Load(client, place, threads=1) as load:
             load.wait_more(0.0)
-    assert not load.problems(Words(place))
+    assert not load.problems(Truth(place))
 
 
 def test_tls_at_a_port_with_clear_text(cluster: LocalCluster) -> None:

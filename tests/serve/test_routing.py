@@ -15,6 +15,7 @@ from lance_dfaiss.serve.routing import (
     HEDGE_FLOOR_SECONDS,
     HEDGE_SHARE,
     HEDGE_UNKNOWN_SECONDS,
+    REFUSED_MAX_SECONDS,
     SLOW_FIRST_SECONDS,
     SLOW_MAX_SECONDS,
     HedgeBudget,
@@ -276,3 +277,31 @@ def test_the_delay_follows_what_answers_take() -> None:
     for i in range(400):
         delay.saw(0.5 if i % 100 == 0 else 0.001)  # a rare straggler teaches nothing
     assert delay.seconds < 0.1
+
+
+def test_a_replica_that_refused_is_left_alone_for_as_long_as_it_asks() -> None:
+    full, other = ReplicaLoad(), ReplicaLoad()
+    full.refused(0.05, 10.0)
+    other.began(3, 10.0)  # the other one has more to do
+    assert pick([full, other], 10.04, lambda: 0.5) is other
+    assert pick([full, other], 10.06, lambda: 0.5) is full
+    full.refused(1e9, 20.0)
+    assert full.rests(20.0 + 0.99 * REFUSED_MAX_SECONDS)
+    assert not full.rests(20.0 + REFUSED_MAX_SECONDS)
+    full.refused(-1.0, 30.0)
+    assert not full.rests(30.0)
+    assert pick([full], 20.0, lambda: 0.5) is full  # where there is nobody else
+
+
+def test_a_silent_replica_is_asked_where_there_is_nobody_else_and_is_no_help() -> None:
+    silent, fine = ReplicaLoad(), ReplicaLoad()
+    silent.mute = True
+    fine.began(5, 0.0)
+    assert pick([silent, fine], 0.0, lambda: 0.5) is fine
+    assert pick([silent], 0.0, lambda: 0.5) is silent
+    assert (silent.may_help(0.0), fine.may_help(0.0)) == (False, True)
+    silent.forget()
+    assert silent.may_help(0.0)
+    fine.refused(0.5, 0.0)
+    assert not fine.may_help(0.4)
+    assert fine.may_help(0.5)

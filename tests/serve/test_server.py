@@ -721,7 +721,8 @@ def test_work_of_admins_is_not_for_readers(single: Running, reader: RawClient, d
     with RawClient(single.address, token=ADMIN) as admin:
         assert admin.welcome.admin
         assert admin.ask(wire.Reload(index="near"), expected=wire.Done)[0].facts == {
-            "at": {"near": reader.offer("near").at}
+            "at": {"near": reader.offer("near").at},
+            "versions": {"near": reader.offer("near").version},
         }
     assert not single.server.draining
     served_still(reader, data)
