@@ -19,7 +19,7 @@ def request(key: str, queries: int, *, deadline: float = math.inf, ticket: Any =
 
 
 def drain(batcher: Batcher[str], now: float = 0.0) -> list[tuple[str, list[tuple[Any, int, int]]]]:
-    taken = []
+    taken: list[tuple[str, list[tuple[Any, int, int]]]] = []
     while True:
         batch, _ = batcher.take(now)
         if batch is None:
