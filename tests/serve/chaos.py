@@ -467,12 +467,12 @@ def _ratios(values: Iterable[float]) -> str:
 
 
 class OnHosts:
-    """Four servers, each on a host of its own, with TLS and a token; two of each group.
+    """Servers, each on a host of its own, with TLS and a token; two of each group.
 
     Parameters
     ----------
     hosts : Hosts
-        Five; the first is for clients.
+        One more than there are to be servers; the first is for clients.
     place : Place
         What is served.
     folder : pathlib.Path
@@ -481,7 +481,7 @@ class OnHosts:
 
     def __init__(self, hosts: Hosts, place: Place, folder: Path) -> None:
         self._hosts, self._folder = hosts, folder
-        addresses = [hosts.address(host) for host in range(1, 5)]
+        addresses = [hosts.address(host) for host in range(1, hosts.count)]
         self._certificates = make_certificates(folder, addresses=addresses)
         self._file, self._token = folder / "cluster.json", "a token that is long enough"
         (folder / "token").write_text(self._token, encoding="ascii")
@@ -494,7 +494,7 @@ class OnHosts:
 
     def __enter__(self) -> OnHosts:
         server = self._certificates.server
-        for number in range(4):
+        for number in range(self._hosts.count - 1):
             command = [
                 *(sys.executable, "-m", "lance_dfaiss", "serve", "--server-id", str(number)),
                 *("--cluster-file", str(self._file), "--token-file", str(self._folder / "token")),
@@ -515,7 +515,7 @@ class OnHosts:
     def connect(self) -> Client:
         """Return a client, once all servers are there."""
         client = lance_dfaiss.connect(self._file, token=self._token, tls=self._certificates.ca.cert, timeout=60.0)
-        until(lambda: sum(map(len, client.stats().servers_by_group)) == 4)
+        until(lambda: sum(map(len, client.stats().servers_by_group)) == len(self._processes))
         return client
 
 

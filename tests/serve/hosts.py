@@ -57,7 +57,7 @@ class Hosts:
     def __init__(self, count: int) -> None:
         self._prefix = f"dfaiss-{os.getpid()}"
         self._switch = f"{self._prefix}-sw"
-        self._count = count
+        self.count = count
         self._undo = ExitStack()
 
     def __enter__(self) -> Hosts:
@@ -65,7 +65,7 @@ class Hosts:
             self._add(undo, self._switch)
             _ip("-n", self._switch, "link", "add", "br0", "type", "bridge")
             _ip("-n", self._switch, "link", "set", "br0", "up")
-            for host in range(self._count):
+            for host in range(self.count):
                 self._plug(undo, host)
             self._undo = undo.pop_all()
         return self
