@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
+from ..engine import limit_threads
 from ..errors import (
     AccessDenied,
     DeadlineExceeded,
@@ -215,7 +216,8 @@ class Answering:
         batcher: Batcher[Any] = Batcher(
             max_waiting=workload.max_waiting, max_batch=workload.max_batch, most=lambda key: key.most
         )
-        self.lane = Lane(batcher, self._search, self._deliver, threads=workload.threads)
+        self.lane = Lane(batcher, self._search, self._deliver)
+        self._threads = workload.threads
         self._handlers: dict[int, Callable[[Peer, Frame], None]] = {
             Knn.KIND: self._knn,
             Range.KIND: self._range,
@@ -510,6 +512,9 @@ class Answering:
     def _search(self, batch: Batch) -> Sequence[Outcome]:
         """Search a batch; on the lane's thread."""
         started = time.monotonic()
+        lone = batch.queries == 1 and isinstance(batch.key, _Search)
+        # FAISS's number of threads belongs to the thread that calls it.
+        limit_threads(batch.key.held.lone_threads if lone else self._threads)
         if isinstance(batch.key, _Within):
             outcomes = self._search_within(batch, started)
         else:

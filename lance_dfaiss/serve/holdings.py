@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import msgspec
-import numpy as np
 
 from ..errors import BudgetExceeded, DfaissError, IndexNotFound, ServerFailed, SnapshotGone
 from ..lance_io import Payload, PinnedDataset, newest_before, open_dataset
@@ -28,9 +27,10 @@ from ..search.load import Generation, read_generation
 from ..search.portion import Portion, new_bytes, ram_need
 from ..search.tail import TailLimits
 from ..search.view import View
-from ..types import Float32Array, UInt64Array
+from ..types import UInt64Array
 from .cluster import ClusterFile, ServedIndex
 from .placement import place_fragment, place_shards
+from .warming import warm
 from .wire import Offer
 
 __all__ = ["Held", "HoldingOptions", "Holdings", "Shelf", "Sift", "Swap"]
@@ -48,9 +48,6 @@ LOADING_SHARE = 8
 
 # Names of shards that an offer lists, for messages: a frame must stay small.
 _NAMED_SHARDS = 1_000
-
-# Searches of made-up queries before a snapshot is offered: code, codes and threads are then where they will be used.
-_WARM_SINGLE, _WARM_BATCH, _WARM_K = 24, 32, 10
 
 
 class Sift(Protocol):
@@ -137,6 +134,8 @@ class Held:
         Answers.
     payload : Payload or None
         Columns in RAM.
+    lone_threads : int
+        Cores that a search of one query is fastest with.
     used_at : float
         When it was last asked for, on the monotonic clock; -inf for never.
     newest_at : float
@@ -146,6 +145,7 @@ class Held:
     offer: Offer
     view: View
     payload: Payload | None
+    lone_threads: int
     used_at: float = -math.inf
     newest_at: float = math.inf
 
@@ -204,6 +204,8 @@ class Holdings:
         How.
     sift : Sift
         Evaluates filters.
+    threads : int
+        Cores that one search may use.
     changed : callable
         Called on the loader's thread whenever the offers have changed.
     swapped : callable
@@ -216,6 +218,7 @@ class Holdings:
         server_id: int,
         options: HoldingOptions,
         sift: Sift,
+        threads: int,
         changed: Callable[[], None],
         swapped: Callable[[str, Swap], None],
     ) -> None:
@@ -223,6 +226,7 @@ class Holdings:
         self._server_id = server_id
         self._options = options
         self._sift = sift
+        self._threads = threads
         self._changed = changed
         self._swapped = swapped
         self._one_at_a_time = threading.Lock()
@@ -452,7 +456,7 @@ class Holdings:
                 pinned, self._options.payload, fragments, before=None if newest is None else newest.payload
             )
         self._sift.open(key, pinned, fragments, self._options.filter_columns)
-        _warm(view)
+        lone_threads = warm(view, self._threads)
         offer = self._offer_of(shelf.served.name, at, view, portion)
         _log.info(
             "index %r: %s ready: version %d, generation %s, %d rows of group %d, %d bytes read",
@@ -464,7 +468,7 @@ class Holdings:
             portion.group,
             read_bytes,
         )
-        return Held(offer, view, payload), read_bytes
+        return Held(offer, view, payload, lone_threads), read_bytes
 
     def _generation(self, shelf: Shelf, pinned: PinnedDataset) -> Generation:
         served = shelf.served
@@ -666,25 +670,3 @@ def _name_of(epoch: int, pinned: PinnedDataset, generation: Generation) -> str:
     # A version number can come again, on a branch or a dataset that is made anew; not at the same time.
     moment = int(pinned.committed_at.timestamp() * 1000)
     return f"{epoch}.{pinned.version}.{moment:x}.{generation.manifest.generation[:12]}"
-
-
-def _warm(view: View) -> None:
-    """Search like clients will, so that the first of them does not wait for what happens only once."""
-    if not view.rows:
-        return
-    queries = _likely_queries(view)
-    widths = view.widths(None, None, None)
-    selection = view.cached(None, include_tail=True) or view.select(None, include_tail=False)
-    for query in queries[:_WARM_SINGLE]:
-        view.knn(query[None], _WARM_K, widths, selection)
-    view.knn(queries, _WARM_K, widths, selection)
-
-
-def _likely_queries(view: View) -> Float32Array:
-    """Return float32 ``(_WARM_BATCH, dim)``: rows of the index where it can decode them, else noise."""
-    rng = np.random.default_rng(0)
-    positions = np.flatnonzero(view.snapshot.live)
-    if len(positions) and all(loaded.segment.can_decode for loaded in view.loaded):
-        chosen = np.sort(rng.choice(positions, size=_WARM_BATCH))
-        return view.vectors(view.snapshot.row_ids.numbers(chosen))
-    return rng.standard_normal((_WARM_BATCH, view.model.spec.dim)).astype(np.float32)

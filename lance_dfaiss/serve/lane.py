@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..engine import limit_threads
 from ..errors import DeadlineExceeded, Overloaded
 from .batcher import Batch, Batcher, Waiting
 
@@ -31,8 +30,6 @@ class Lane:
         Given a batch, return one outcome for each request that is finished with it.
     deliver : callable
         Given all outcomes of a batch; called on the lane's thread, so it must only pass them on.
-    threads : int
-        Cores that one search may use.
     """
 
     def __init__(
@@ -40,13 +37,10 @@ class Lane:
         batcher: Batcher[Any],
         search: Callable[[Batch], Sequence[Outcome]],
         deliver: Callable[[Sequence[Outcome]], None],
-        *,
-        threads: int,
     ) -> None:
         self._batcher = batcher
         self._search = search
         self._deliver = deliver
-        self._threads = threads
         self._changed = threading.Condition(threading.Lock())
         self._idle = False
         self._stopping = False
@@ -95,8 +89,6 @@ class Lane:
             self._batcher.drop(request)
 
     def _run(self) -> None:
-        # FAISS's number of threads belongs to the thread that calls it.
-        limit_threads(self._threads)
         while True:
             with self._changed:
                 batch, expired = self._batcher.take(time.monotonic())

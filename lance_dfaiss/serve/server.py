@@ -111,7 +111,13 @@ class Server:
         self._started_at = time.time()
         self._sifter = Sifter(memory_limit_bytes=config.filter_bytes, timeout_seconds=config.filter_seconds)
         self.holdings = Holdings(
-            config.cluster, config.server_id, config.holding, self._sifter, self._offers_changed, self._swapped
+            config.cluster,
+            config.server_id,
+            config.holding,
+            self._sifter,
+            config.workload.threads,
+            self._offers_changed,
+            self._swapped,
         )
         self.answering = Answering(config.server_id, self.holdings, config.access, config.workload, self.metrics, self)
         self.draining = False

@@ -444,7 +444,6 @@ def swap_under_load(folder: Path, *, swaps: int) -> None:
             else:
                 _reload_in_turn(cluster, load)
             load.wait_more(0.3)
-        load.wait_more(1.0)
         assert cluster.pids == pids, "a server died"
         after = {server: resident(pid) for server, pid in pids.items()}
     growth = {server: after[server] / before[server] for server in before}

@@ -100,7 +100,7 @@ def test_the_check_of_answers_finds_wrong_ones(place: Place, truth: Truth) -> No
 def test_a_killed_server_costs_no_query(cluster: LocalCluster, load: Load) -> None:
     pid = cluster.pids[0]
     os.kill(pid, signal.SIGKILL)
-    moment = load.wait_more(3.5)
+    moment = load.wait_more(3.2)
     assert_recovered(load, moment, "kill -9 of server 0")
     assert cluster.wait_ready(60)
     assert cluster.pids[0] != pid
@@ -108,7 +108,7 @@ def test_a_killed_server_costs_no_query(cluster: LocalCluster, load: Load) -> No
 
 def test_a_stopped_server_costs_no_query(cluster: LocalCluster, load: Load) -> None:
     with stopped(cluster.pids[1]):
-        moment = load.wait_more(3.5)
+        moment = load.wait_more(3.2)
         assert_recovered(load, moment, "SIGSTOP of server 1")
     moment = load.wait_more(2.0)
     assert_recovered(load, moment, "SIGCONT of server 1", seconds=1.0)
@@ -133,7 +133,7 @@ def test_a_slow_link_to_a_server_is_avoided(cluster: LocalCluster, place: Place,
             until(lambda: sum(map(len, client.stats().servers_by_group)) == 4)
             load.wait_more(1.5)
             relay.delay(0.1)  # there and back
-            moment = load.wait_more(3.5)
+            moment = load.wait_more(3.2)
             assert_recovered(load, moment, "200 ms of delay to server 2")
             stats = client.stats()
             assert stats.hedged <= 0.05 * stats.queries + HEDGE_BURST_QUERIES
@@ -148,7 +148,7 @@ def test_a_cut_link_costs_no_query(place: Place, truth: Truth, tmp_path: Path) -
         with client, Load(client, place) as load:
             load.wait_more(1.5)
             hosts.cut(2)
-            moment = load.wait_more(3.5)
+            moment = load.wait_more(3.2)
             assert_recovered(load, moment, "cut link of a host")
             hosts.heal(2)
             until(lambda: sum(map(len, client.stats().servers_by_group)) == 2)

@@ -50,6 +50,7 @@ class Told:
             server,
             HoldingOptions(**options),
             self.sifter,
+            1,
             self._changed,
             lambda _, swap: self.swaps.append(swap),
         )
