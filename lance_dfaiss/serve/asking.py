@@ -323,7 +323,7 @@ class Asking:
     @property
     def coverage(self) -> float:
         """Share of the rows that those hold who are not left out."""
-        return self._covered(self._left_out)
+        return self._covered(self._left_out) if self._left_out else 1.0
 
     # What is done with it.
 

@@ -184,14 +184,14 @@ class KnnAsking(Asking):
         stages: list[tuple[int | None, dict[str, Any]]] = [
             (group, stage) for (group, _), found in sorted(_items(answers)) for stage in found[3]
         ]
-        start = 0
+        start, coverage = 0, self.coverage
         for call in self.calls:
             stop = start + call.n
             if not call.settle.done():
                 answer = Answer(
                     distances[start:stop],
                     row_ids[start:stop],
-                    coverage=self.coverage,
+                    coverage=coverage,
                     version=offer.version,
                     generation=offer.generation,
                     at=offer.at,

@@ -236,7 +236,7 @@ def test_what_fails_in_a_way_that_nobody_thought_of(
     before = told.version
     _append(uri, 5, 1)
     with monkeypatch.context() as patch:
-        patch.setattr("lance_dfaiss.serve.holdings._warm", lambda _: 1 // 0)
+        patch.setattr("lance_dfaiss.serve.holdings.warm", lambda *_: 1 // 0)
         told.holdings.follow(None)
     assert told.version == before
     assert told.shelf.loading is None
