@@ -43,7 +43,6 @@ __all__ = ["run", "run_swap"]
 NAME = "ours"
 
 _TARGET = 0.95
-_IN_FLIGHT = (1, 8, 32, 128)
 _SHARDS = 8
 
 # Against in process with one server and with several at 32 in flight; more than in process at 1; Lance's search.
@@ -62,9 +61,12 @@ class _Case:
 def run(settings: Settings) -> Outcome:
     """Measure served search on both sets."""
     outcome = Outcome()
-    for corpus in (ranked(words(settings), "served"), ranked(synthetic(settings), "served")):
+    corpora = [ranked(words(settings), "served")]
+    if not settings.quick:
+        corpora.append(ranked(synthetic(settings), "served"))
+    for corpus in corpora:
         case = _prepared(settings, corpus)
-        for servers in (1, 2, 4):
+        for servers in settings.servers:
             outcome.take(_against_in_process(settings, case, servers))
         outcome.take(_ways(settings, case))
         outcome.take(_against_native(settings, case))
@@ -76,7 +78,7 @@ def run(settings: Settings) -> Outcome:
 
 def run_swap(settings: Settings) -> Outcome:
     """Measure what a swap after one percent more rows reads and takes."""
-    corpus = synthetic(settings)
+    corpus = ranked(synthetic(settings), "swapped", fresh=True)
     _prepared(settings, corpus)
     outcome = Outcome()
     with _cluster(settings, corpus, 1) as cluster, lance_dfaiss.connect(cluster.cluster_file) as client:
@@ -156,7 +158,7 @@ def _against_in_process(settings: Settings, case: _Case, servers: int) -> Outcom
     views = _views(corpus, servers)
     with _cluster(settings, corpus, servers) as cluster, LoadGenerator(cluster.cluster_file, case.queries) as load:
         recall = corpus.recall(corpus.positions(load.answers(len(corpus.queries), case.search)))
-        for in_flight in _IN_FLIGHT:
+        for in_flight in settings.in_flight:
             turns = _turns(settings, case, load, views, in_flight)
             outcome.rows += _compared(case, servers, in_flight, recall, turns)
         first = load.first_seconds
@@ -273,7 +275,7 @@ def _ways(settings: Settings, case: _Case) -> Outcome:
         for name in ("columns in RAM", "columns fetched"):
             load = loads.get(name, loads["plain"])
             works[name] = partial(load.turn, search={**case.search, "columns": [RANK]})
-        for in_flight in (1, 32):
+        for in_flight in (settings.in_flight[0], 32):
             found: dict[str, list[dict[str, float]]] = {name: [] for name in works}
             for _ in range(settings.repeats):
                 for name, work in works.items():

@@ -65,6 +65,16 @@ class Settings:
         return 0.002 if self.quick else 0.3
 
     @property
+    def servers(self) -> tuple[int, ...]:
+        """Numbers of servers that an index is served by."""
+        return (2,) if self.quick else (1, 2, 4)
+
+    @property
+    def in_flight(self) -> tuple[int, ...]:
+        """Numbers of queries that a client keeps in flight."""
+        return (1, 32) if self.quick else (1, 8, 32, 128)
+
+    @property
     def shards(self) -> int:
         """Shards of the index that is compared with one of a single shard."""
         return 8 if self.quick else 64

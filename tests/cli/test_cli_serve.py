@@ -139,7 +139,7 @@ def test_a_start_that_is_interrupted_leaves_no_server(words: str, tmp_path: Path
         assert process.stderr is not None
         assert "interrupted" in process.stderr.read()
     assert process.returncode == 130
-    assert all(map(gone, pids))
+    until(lambda: all(map(gone, pids)))
 
 
 def children(pid: int) -> list[int]:

@@ -273,7 +273,8 @@ class _Connection(asyncio.Protocol):
         elif isinstance(message, wire.Status):
             self.send(wire.StatusReply(status={"server": server.server, "ready": True}), request_id)
         else:
-            self.send(wire.Done(facts={"server": server.server}), request_id)
+            moved = {"vec_idx": f"server {server.server}"}
+            self.send(wire.Done(facts={"at": moved, "versions": {"vec_idx": 3}}), request_id)
 
 
 class ScriptedCluster:

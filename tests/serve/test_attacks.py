@@ -132,7 +132,7 @@ def test_cancelled_requests_leave_nothing_behind(
 ) -> None:
     with held_up(monkeypatch, server):
         for i in range(600):  # more than may wait
-            request = client.send(knn(client, filter=f"id = {i}"), queries())
+            request = client.send(knn(client, filter=f"id = {10_000 + i}"), queries())
             client.send(wire.Cancel(), request_id=request)
         client.ask(wire.Status())
         until(lambda: not busy(server))
