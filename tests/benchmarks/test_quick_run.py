@@ -18,7 +18,7 @@ from benchmarks.report import BEGIN, END, compared, markdown_table, write_page
 from benchmarks.timing import interleaved, interleaved_prepared, paired_ratio
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["build", "search", "shards", "open", "memory", "filter", "refresh", "update", "tail"]
+NAMES = ["build", "search", "shards", "open", "memory", "filter", "refresh", "update", "tail", "serve", "swap"]
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +194,19 @@ def test_a_curve_is_read_between_its_points() -> None:
     assert rate_at(points[:1], 0.95) is None
     assert widths(8) == (1, 2, 4, 8)
     assert widths(1024)[-1] == 128
+
+
+def test_served_answers_are_those_of_the_index_and_every_way_to_ask_is_measured(runs: Any) -> None:
+    rows = {row["what"]: row for row in runs["serve"]["rows"]}
+    for in_flight in (1, 32):
+        found = [row for what, row in rows.items() if f"served by 2, {in_flight} in flight" in what]
+        assert len(found) == 2, "speed, and latency"
+        assert all("recall 1.000" in row["what"] or "recall 0.9" in row["what"] for row in found)
+    for way in ("TLS", "float16", "columns in RAM", "columns fetched"):
+        assert any(f"served with {way}, 32 in flight" in what for what in rows)
+    assert any("shards" in what for what in rows)
+
+
+def test_a_swap_reads_what_is_new(runs: Any) -> None:
+    (read,) = (row for row in runs["swap"]["rows"] if "bytes read" in row["what"])
+    assert 0 < read["data"]["ours"] < read["data"]["peer"]
