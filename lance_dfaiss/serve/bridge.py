@@ -30,6 +30,9 @@ class Asker(Protocol):
         """Hang up."""
 
 
+_SIGNAL_SECONDS = 0.5
+
+
 class Slot:
     """Where a thread waits for an outcome. A bare lock: half the time of an Event or a concurrent Future."""
 
@@ -62,7 +65,9 @@ class Slot:
 
     def wait(self) -> None:
         """Wait until there is an outcome; signals are handled meanwhile."""
-        self._lock.acquire()
+        # The system may hand a signal to any thread, which does not wake this one: Python's handlers run here alone.
+        while not self._lock.acquire(timeout=_SIGNAL_SECONDS):
+            pass
 
     def outcome(self) -> Any:
         """Return or raise it."""
