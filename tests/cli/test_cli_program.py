@@ -177,15 +177,6 @@ def test_lance_is_silenced_unless_debugging_or_told(
     assert done.stdout.splitlines()[-1] == f"LANCE_LOG {found}"
 
 
-@pytest.fixture
-def interrupts_arrive() -> Iterator[None]:
-    """Children of a process that ignores an interrupt would ignore it too."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interrupts_arrive")
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_an_interrupted_build_can_be_resumed(tmp_path: Path, workers: str) -> None:
     path = write(tmp_path, rows=16_000, dim=16, fragments=8)

@@ -994,7 +994,8 @@ def test_a_client_is_not_pickled() -> None:
                 pickle.dumps(one)
 
 
-def test_an_interrupted_call_is_cancelled() -> None:
+@pytest.mark.parametrize("name", ["knn", "search"])
+def test_an_interrupted_call_is_cancelled(name: str) -> None:
     with ClusterThread(ScriptedCluster()) as running, connect(running.cluster.file()) as asked:
         server = running.cluster.servers[0]
         server.script = never
@@ -1006,7 +1007,7 @@ def test_an_interrupted_call_is_cancelled() -> None:
         thread = threading.Thread(target=interrupt)
         thread.start()
         with pytest.raises(KeyboardInterrupt):
-            asked.knn(QUERIES[0], 3)
+            getattr(asked, name)(QUERIES[0], 3)
         thread.join(20)
         running.until(server, lambda: len(server.cancelled) == 1)
         server.script = lambda _server, _message: None
