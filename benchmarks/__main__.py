@@ -26,6 +26,7 @@ _BENCHMARKS: Mapping[str, Callable[[Settings], Outcome]] = {
     "update": changing.run_update,
     "tail": changing.run_tail,
     "serve": serving.run,
+    "serve-cpu": serving.run_cpu,
     "swap": serving.run_swap,
 }
 _DOCS = Path(__file__).parents[1] / "docs"

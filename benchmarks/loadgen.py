@@ -69,7 +69,8 @@ class LoadGenerator:
         Returns
         -------
         dict
-            ``qps``; ``p50`` and ``p99`` in seconds; ``cpu``: CPU seconds of the client per query.
+            ``queries`` that were answered; ``qps``; ``p50`` and ``p99`` in seconds; ``cpu``: CPU seconds of the client
+            per query.
         """
         return self._ask({"in_flight": in_flight, "seconds": seconds, "search": dict(search)})
 
@@ -128,7 +129,8 @@ async def _turn(
     await asyncio.gather(*(keep_asking(number) for number in range(in_flight)))
     took, cpu = time.perf_counter() - started, time.process_time() - cpu
     p50, p99 = np.percentile(latencies, [50, 99]).tolist()
-    return {"qps": len(latencies) / took, "p50": p50, "p99": p99, "cpu": cpu / len(latencies)}
+    count = len(latencies)
+    return {"queries": count, "qps": count / took, "p50": p50, "p99": p99, "cpu": cpu / count}
 
 
 def _say(facts: Mapping[str, Any]) -> None:

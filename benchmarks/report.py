@@ -93,7 +93,7 @@ def compared(
     ours, peer : float
         The numbers.
     unit : str
-        ``"s"``, ``"ms"``, ``"QPS"``, ``"MB"`` or ``"MB/s"``.
+        ``"s"``, ``"ms"``, ``"us"``, ``"QPS"``, ``"MB"`` or ``"MB/s"``.
     peer_name : str
         Whose the second is.
     ratio : float, optional

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 
 import lance_dfaiss
@@ -38,12 +39,15 @@ from .report import Outcome, Row, compared
 from .settings import K, Settings
 from .timing import median, paired_ratio
 
-__all__ = ["run", "run_swap"]
+__all__ = ["run", "run_cpu", "run_swap"]
 
 NAME = "ours"
 
 _TARGET = 0.95
 _SHARDS = 8
+
+_PAUSE = 5e-4
+"""Seconds between calls, for one that is not asked without a pause."""
 
 # Against in process with one server and with several at 32 in flight; more than in process at 1; Lance's search.
 _AIM_ONE, _AIM_SEVERAL, _AIM_ONE_SECONDS, _AIM_NATIVE = 0.85, 0.8, 200e-6, 8.0
@@ -117,6 +121,72 @@ def run_swap(settings: Settings) -> Outcome:
     return outcome
 
 
+def run_cpu(settings: Settings) -> Outcome:
+    """Measure where the CPU time of a query served by one server goes, and what a pause costs the same search."""
+    corpus = ranked(words(settings), "served")
+    case, outcome = _prepared(settings, corpus), Outcome()
+    views = _views(corpus, 1)
+    with (
+        _one_thread(),
+        _cluster(settings, corpus, 1) as cluster,
+        LoadGenerator(cluster.cluster_file, case.queries) as load,
+    ):
+        for in_flight in (1, 32):
+            turns = _turns(settings, case, load, views, in_flight, pid=cluster.pids[0])
+            outcome.rows.append(_shares(case, in_flight, turns))
+    seconds = max(settings.turn_seconds * 5, 0.05)
+    pauses = {"paused": _PAUSE, "at once": 0.0}
+    found: dict[str, list[float]] = {name: [] for name in pauses}
+    for _ in range(settings.repeats + 1):
+        for name, pause in pauses.items():
+            found[name].append(_in_process(case, views, 1, seconds, pause)["p50"] * 1e6)
+    paused, at_once = found["paused"][1:], found["at once"][1:]  # the first of each warms
+    outcome.rows.append(
+        compared(
+            f"{corpus}: in process, one at a time, {_PAUSE * 1e3:g} ms between calls, p50",
+            median(paused),
+            median(at_once),
+            unit="us",
+            peer_name="no pause",
+            ratio=paired_ratio(paused, at_once),
+        )
+    )
+    corpus.reset()
+    return outcome
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have FAISS search with one thread: its threads wait actively for each other, and that is CPU time, too."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(threads)
+
+
+def _shares(case: _Case, in_flight: int, turns: Mapping[str, Sequence[Mapping[str, float]]]) -> Row:
+    """Compare CPU time per query, in microseconds: client and server by their parts, and in process."""
+    parts = {
+        name: [turn[key] * 1e6 for turn in turns["served"]]
+        for name, key in (("search threads", "search_cpu"), ("server's event loop", "loop_cpu"), ("client", "cpu"))
+    }
+    served = [sum(turn) for turn in zip(*parts.values(), strict=True)]
+    peer = [turn["cpu"] * 1e6 for turn in turns["in process"]]
+    shares = {name: median(found) for name, found in parts.items()}
+    told = ", ".join(f"{name} {share:.3g}" for name, share in shares.items())
+    return compared(
+        f"{case.corpus}: served by 1, {in_flight} in flight, CPU of a query ({told})",
+        median(served),
+        median(peer),
+        unit="us",
+        peer_name=f"in process, one thread, batches of {in_flight}",
+        ratio=paired_ratio(served, peer),
+        data=shares,
+    )
+
+
 def _prepared(settings: Settings, corpus: Corpus) -> _Case:
     """Build the index, and find the narrowest search that is good enough."""
     corpus.reset()
@@ -167,11 +237,27 @@ def _against_in_process(settings: Settings, case: _Case, servers: int) -> Outcom
 
 
 def _turns(
-    settings: Settings, case: _Case, load: LoadGenerator, views: Sequence[View], in_flight: int
+    settings: Settings,
+    case: _Case,
+    load: LoadGenerator,
+    views: Sequence[View],
+    in_flight: int,
+    *,
+    pid: int | None = None,
 ) -> dict[str, list[dict[str, float]]]:
+    """Let both sides take turns; with the process id of the only server also its CPU seconds per query."""
     seconds = max(settings.turn_seconds * 5, 0.05)
+
+    def served() -> dict[str, float]:
+        before = (0.0, 0.0) if pid is None else _cpu_seconds(pid)
+        turn = load.turn(in_flight, seconds, case.search)
+        if pid is None:
+            return turn
+        loop, search = (after - start for after, start in zip(_cpu_seconds(pid), before, strict=True))
+        return {**turn, "loop_cpu": loop / turn["queries"], "search_cpu": search / turn["queries"]}
+
     works: dict[str, Callable[[], dict[str, float]]] = {
-        "served": lambda: load.turn(in_flight, seconds, case.search),
+        "served": served,
         "in process": lambda: _in_process(case, views, in_flight, seconds),
     }
     found: dict[str, list[dict[str, float]]] = {name: [] for name in works}
@@ -219,12 +305,12 @@ def _compared(
     return rows
 
 
-def _in_process(case: _Case, views: Sequence[View], batch: int, seconds: float) -> dict[str, float]:
-    """Search batches for a while."""
+def _in_process(case: _Case, views: Sequence[View], batch: int, seconds: float, pause: float = 0.0) -> dict[str, float]:
+    """Search batches for a while, with or without a pause in between."""
     queries, latencies = case.corpus.queries, []
     widths_ = views[0].widths(case.search["nprobe"], None, case.search.get("k_factor"))
     at = count = 0
-    started = time.perf_counter()
+    cpu, started = time.process_time(), time.perf_counter()
     until = started + seconds
     while (before := time.perf_counter()) < until:
         at = at + batch if at + 2 * batch <= len(queries) else 0
@@ -234,8 +320,11 @@ def _in_process(case: _Case, views: Sequence[View], batch: int, seconds: float) 
             merge_topk(parts, K)
         latencies.append(time.perf_counter() - before)
         count += batch
+        if pause:
+            time.sleep(pause)
+    took, cpu = time.perf_counter() - started, time.process_time() - cpu
     p50, p99 = np.percentile(latencies, [50, 99]).tolist()
-    return {"qps": count / (time.perf_counter() - started), "p50": p50, "p99": p99}
+    return {"qps": count / took, "p50": p50, "p99": p99, "cpu": cpu / count}
 
 
 def _views(corpus: Corpus, groups: int) -> list[View]:
@@ -443,6 +532,14 @@ def _certificate(settings: Settings) -> tuple[Path, Path]:
 
 def _index_bytes(corpus: Corpus) -> int:
     return sum(file.stat().st_size for file in (corpus.path / "_dfaiss").rglob("*.faiss"))
+
+
+def _cpu_seconds(pid: int) -> tuple[float, float]:
+    """Return the CPU seconds of the first thread of a process, which runs a server's event loop, and of the others."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    seconds = {task.name: int((task / "schedstat").read_text().split()[0]) / 1e9 for task in tasks}
+    first = seconds.pop(str(pid))
+    return first, sum(seconds.values())
 
 
 def _memory(pid: int, field: str) -> int:

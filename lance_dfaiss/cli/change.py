@@ -99,7 +99,7 @@ def _mover(
         if each.index == index and _place(each.dataset) == _place(dataset):
             called = each.name
             return lambda version: move_servers(
-                location, caller, index=called, version=version, storage_options=storage_options
+                location, caller, index=called, version=version, hold=False, storage_options=storage_options
             )
     known = ", ".join(f"{each.index!r} of {each.dataset}" for each in cluster.indexes)
     raise IndexNotFound(

@@ -64,6 +64,7 @@ def reload(
         reach.caller(cluster, seconds=RELOAD_SECONDS),
         index=index,
         version=version,
+        hold=version is not None,
         storage_options=reach.storage_options(),
     )
     output(as_json=as_json).show(move_report(moves))

@@ -31,13 +31,29 @@ __all__ = [
     "TrustedAccess",
     "WorkFlags",
     "command",
+    "option",
     "usage_errors",
 ]
 
 _WHAT, _HOW, _WHERE = "What to build", "How to build it", "Where things are"
 
 
-def _option(name: str, text: str, *, panel: str | None = None, metavar: str | None = None, **more: Any) -> Any:
+def option(name: str, text: str, panel: str | None = None, metavar: str | None = None, **more: Any) -> Any:
+    """Return what `typer.Option` does, with what nearly every option has up front.
+
+    Parameters
+    ----------
+    name : str
+        With its dashes.
+    text : str
+        What it is for.
+    panel : str, optional
+        Heading that the help lists it under.
+    metavar : str, optional
+        What stands for its value in the help.
+    **more
+        As `typer.Option` takes them.
+    """
     return typer.Option(name, help=text, rich_help_panel=panel, metavar=metavar, **more)
 
 
@@ -53,10 +69,10 @@ OptionalNameArgument: TypeAlias = Annotated[
     typer.Argument(metavar="NAME", help="Name of the index; may be left out when the dataset has one."),
 ]
 JsonFlag: TypeAlias = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
-WorkersOption: TypeAlias = Annotated[int, _option("--num-workers", "Shards encoded at the same time.", panel=_HOW)]
+WorkersOption: TypeAlias = Annotated[int, option("--num-workers", "Shards encoded at the same time.", panel=_HOW)]
 BudgetOption: TypeAlias = Annotated[
     str | None,
-    _option(
+    option(
         "--memory-budget",
         "Per worker, like 16G or 512MiB; half of the machine over the workers if left out.",
         panel=_HOW,
@@ -64,7 +80,7 @@ BudgetOption: TypeAlias = Annotated[
     ),
 ]
 InvalidOption: TypeAlias = Annotated[
-    str, _option("--on-invalid", "Null, non-finite and zero vectors: skip or error.", panel=_HOW, metavar="ACTION")
+    str, option("--on-invalid", "Null, non-finite and zero vectors: skip or error.", panel=_HOW, metavar="ACTION")
 ]
 
 
@@ -74,7 +90,7 @@ class Reach:
 
     storage_option: Annotated[
         list[str],
-        _option(
+        option(
             "--storage-option",
             "Setting of the dataset's object store; may be repeated.",
             panel=_WHERE,
@@ -102,7 +118,7 @@ class Access(Reach):
 
     index_uri: Annotated[
         str | None,
-        _option("--index-uri", "Where the index lies when not in the dataset.", panel=_WHERE, metavar="URI"),
+        option("--index-uri", "Where the index lies when not in the dataset.", panel=_WHERE, metavar="URI"),
     ] = None
 
     def of_dataset(self) -> dict[str, Any]:
@@ -116,7 +132,7 @@ class TrustedAccess(Access):
 
     allow_index_uri: Annotated[
         list[str],
-        _option(
+        option(
             "--allow-index-uri",
             "Place outside the dataset that its index may lie in; may be repeated.",
             panel=_WHERE,
@@ -135,7 +151,7 @@ class BuildFlags:
 
     index_type: Annotated[
         str,
-        _option(
+        option(
             "--index-type",
             "AUTO, FLAT, IVF_FLAT, IVF_SQ, IVF_PQ, IVF_RQ, HNSW_FLAT or HNSW_SQ.",
             panel=_WHAT,
@@ -143,36 +159,36 @@ class BuildFlags:
         ),
     ] = "AUTO"
     name: Annotated[
-        str | None, _option("--name", "Name of the index; COLUMN_idx if left out.", panel=_WHAT, metavar="NAME")
+        str | None, option("--name", "Name of the index; COLUMN_idx if left out.", panel=_WHAT, metavar="NAME")
     ] = None
-    metric: Annotated[str, _option("--metric", "l2, cosine or dot.", panel=_WHAT, metavar="METRIC")] = "l2"
+    metric: Annotated[str, option("--metric", "l2, cosine or dot.", panel=_WHAT, metavar="METRIC")] = "l2"
     factory: Annotated[
-        str | None, _option("--factory", "FAISS factory string, instead of a type.", panel=_WHAT, metavar="STRING")
+        str | None, option("--factory", "FAISS factory string, instead of a type.", panel=_WHAT, metavar="STRING")
     ] = None
-    num_partitions: Annotated[int | None, _option("--num-partitions", "IVF lists.", panel=_WHAT)] = None
-    num_sub_vectors: Annotated[int | None, _option("--num-sub-vectors", "PQ codes per vector.", panel=_WHAT)] = None
-    num_bits: Annotated[int | None, _option("--num-bits", "Bits per PQ code: 4 or 8.", panel=_WHAT)] = None
+    num_partitions: Annotated[int | None, option("--num-partitions", "IVF lists.", panel=_WHAT)] = None
+    num_sub_vectors: Annotated[int | None, option("--num-sub-vectors", "PQ codes per vector.", panel=_WHAT)] = None
+    num_bits: Annotated[int | None, option("--num-bits", "Bits per PQ code: 4 or 8.", panel=_WHAT)] = None
     coarse: Annotated[
         str,
-        _option("--coarse", "How the nearest lists are found: flat or hnsw.", panel=_WHAT, metavar="KIND"),
+        option("--coarse", "How the nearest lists are found: flat or hnsw.", panel=_WHAT, metavar="KIND"),
     ] = "flat"
     refine: Annotated[
         str,
-        _option("--refine", "Finer codes to re-rank with: auto, sq8, fp16, flat or none.", panel=_WHAT, metavar="KIND"),
+        option("--refine", "Finer codes to re-rank with: auto, sq8, fp16, flat or none.", panel=_WHAT, metavar="KIND"),
     ] = "auto"
-    sample_rate: Annotated[int, _option("--sample-rate", "Training rows per IVF list.", panel=_WHAT)] = 256
-    seed: Annotated[int, _option("--seed", "Of sampling and k-means.", panel=_WHAT)] = 1234
+    sample_rate: Annotated[int, option("--sample-rate", "Training rows per IVF list.", panel=_WHAT)] = 256
+    seed: Annotated[int, option("--seed", "Of sampling and k-means.", panel=_WHAT)] = 1234
     num_shards: Annotated[
-        int | None, _option("--num-shards", "Shards to write; as few as memory allows if left out.", panel=_HOW)
+        int | None, option("--num-shards", "Shards to write; as few as memory allows if left out.", panel=_HOW)
     ] = None
     num_workers: WorkersOption = 1
     memory_budget: BudgetOption = None
     on_invalid: InvalidOption = "skip"
     min_recall: Annotated[
-        float | None, _option("--min-recall", "Refuse an index that measures less recall@10.", panel=_HOW)
+        float | None, option("--min-recall", "Refuse an index that measures less recall@10.", panel=_HOW)
     ] = None
-    replace: Annotated[bool, _option("--replace", "Replace an index of the same name.", panel=_HOW)] = False
-    resume: Annotated[bool, _option("--resume", "Go on with an interrupted build.", panel=_HOW)] = False
+    replace: Annotated[bool, option("--replace", "Replace an index of the same name.", panel=_HOW)] = False
+    resume: Annotated[bool, option("--resume", "Go on with an interrupted build.", panel=_HOW)] = False
 
     def spec(self, column: str) -> IndexSpec:
         """Return what to build; a usage error if a value cannot be used."""

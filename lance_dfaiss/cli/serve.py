@@ -9,12 +9,12 @@ import signal
 import socket
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from .edge import usage_error
-from .options import JsonFlag, TrustedAccess, usage_errors
+from .options import JsonFlag, TrustedAccess, option, usage_errors
 from .output import Line, Report, Table, output
 from .text import counted, parse_bytes
 
@@ -32,30 +32,26 @@ _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/\[\]]+)):([0-9]{1,5})(?:/
 _ALSO = re.compile(r"(?:([^\s=/:]+)=)?(.+):([^:]+)")
 
 
-def _option(name: str, text: str, panel: str, metavar: str | None = None, **more: Any) -> Any:
-    return typer.Option(name, help=text, rich_help_panel=panel, metavar=metavar, **more)
-
-
 @dataclass(frozen=True, kw_only=True)
 class WhatFlags:
     """What is served."""
 
     index: Annotated[
         list[str],
-        _option("--index", "Index of DATASET, the only one if left out; may be repeated.", _WHAT, "NAME"),
+        option("--index", "Index of DATASET, the only one if left out; may be repeated.", _WHAT, "NAME"),
     ] = field(default_factory=list)
     also: Annotated[
         list[str],
-        _option("--also", "Index of another dataset, and how to call it; may be repeated.", _WHAT, "[AS=]DATASET:NAME"),
+        option("--also", "Index of another dataset, and how to call it; may be repeated.", _WHAT, "[AS=]DATASET:NAME"),
     ] = field(default_factory=list)
     payload: Annotated[
-        str | None, _option("--payload", "Columns to hold in RAM, so that answers have them at once.", _WHAT, "A,B,...")
+        str | None, option("--payload", "Columns to hold in RAM, so that answers have them at once.", _WHAT, "A,B,...")
     ] = None
     filter_columns: Annotated[
-        str | None, _option("--filter-columns", "Columns to hold in RAM for filters.", _WHAT, "A,B,...")
+        str | None, option("--filter-columns", "Columns to hold in RAM for filters.", _WHAT, "A,B,...")
     ] = None
     columns: Annotated[
-        str | None, _option("--columns", "Columns that clients may see; all if left out.", _WHAT, "A,B,...")
+        str | None, option("--columns", "Columns that clients may see; all if left out.", _WHAT, "A,B,...")
     ] = None
 
 
@@ -64,33 +60,31 @@ class ClusterFlags:
     """By which servers, and where they listen."""
 
     cluster_file: Annotated[
-        str, _option("--cluster-file", "File that tells clients and servers of each other.", _CLUSTER, "FILE")
+        str, option("--cluster-file", "File that tells clients and servers of each other.", _CLUSTER, "FILE")
     ]
-    servers: Annotated[int | None, _option("--servers", "Processes to start, 1 if left out.", _CLUSTER, min=1)] = None
+    servers: Annotated[int | None, option("--servers", "Processes to start, 1 if left out.", _CLUSTER, min=1)] = None
     replicas: Annotated[
-        int | None, _option("--replicas", "Servers that hold the same, 1 if left out.", _CLUSTER, min=1)
+        int | None, option("--replicas", "Servers that hold the same, 1 if left out.", _CLUSTER, min=1)
     ] = None
     refresh: Annotated[
         float | None,
-        _option(
-            "--refresh", "How often to look for new versions, 10 if left out; 0 never.", _CLUSTER, "SECONDS", min=0
-        ),
+        option("--refresh", "How often to look for new versions, 10 if left out; 0 never.", _CLUSTER, "SECONDS", min=0),
     ] = None
     host: Annotated[
-        str | None, _option("--host", "Address to listen on, 127.0.0.1 if left out.", _CLUSTER, "ADDRESS")
+        str | None, option("--host", "Address to listen on, 127.0.0.1 if left out.", _CLUSTER, "ADDRESS")
     ] = None
     port: Annotated[
         int | None,
-        _option("--port", "Port of the first server, the next ones follow; any free one if left out.", _CLUSTER,
+        option("--port", "Port of the first server, the next ones follow; any free one if left out.", _CLUSTER,
                 min=1, max=65_535),
     ] = None  # fmt: skip
     http_port: Annotated[
-        int | None, _option("--http-port", "The same for health, metrics and status.", _CLUSTER, min=1, max=65_535)
+        int | None, option("--http-port", "The same for health, metrics and status.", _CLUSTER, min=1, max=65_535)
     ] = None
-    no_http: Annotated[bool, _option("--no-http", "No port for health, metrics and status.", _CLUSTER)] = False
+    no_http: Annotated[bool, option("--no-http", "No port for health, metrics and status.", _CLUSTER)] = False
     server_id: Annotated[
         str | None,
-        _option(
+        option(
             "--server-id",
             f"Run only this server of the file; {_FROM_HOST_NAME} takes the number at the end of the host's name.",
             _CLUSTER,
@@ -100,7 +94,7 @@ class ClusterFlags:
     ] = None
     address: Annotated[
         list[str],
-        _option(
+        option(
             "--address",
             "Server that will be started by hand; may be repeated. Writes the cluster file and starts nothing.",
             _CLUSTER,
@@ -114,24 +108,24 @@ class LimitFlags:
     """How much a server takes on."""
 
     threads: Annotated[
-        int | None, _option("--threads", "Cores for one search; cores over servers if left out.", _LIMITS, min=1)
+        int | None, option("--threads", "Cores for one search; cores over servers if left out.", _LIMITS, min=1)
     ] = None
     memory_limit: Annotated[
         str | None,
-        _option("--memory-limit", "Per server, like 16GiB; memory over servers if left out.", _LIMITS, "SIZE"),
+        option("--memory-limit", "Per server, like 16GiB; memory over servers if left out.", _LIMITS, "SIZE"),
     ] = None
-    max_k: Annotated[int | None, _option("--max-k", "Most rows per query.", _LIMITS, min=1)] = None
-    max_queries: Annotated[int | None, _option("--max-queries", "Most queries per request.", _LIMITS, min=1)] = None
-    queue: Annotated[int | None, _option("--queue", "Queries that may wait in a server.", _LIMITS, min=1)] = None
+    max_k: Annotated[int | None, option("--max-k", "Most rows per query.", _LIMITS, min=1)] = None
+    max_queries: Annotated[int | None, option("--max-queries", "Most queries per request.", _LIMITS, min=1)] = None
+    queue: Annotated[int | None, option("--queue", "Queries that may wait in a server.", _LIMITS, min=1)] = None
     filter_timeout: Annotated[
-        float | None, _option("--filter-timeout", "Time for one filter.", _LIMITS, "SECONDS", min=0.001)
+        float | None, option("--filter-timeout", "Time for one filter.", _LIMITS, "SECONDS", min=0.001)
     ] = None
     filter_memory: Annotated[
-        str | None, _option("--filter-memory", "Memory of a process that evaluates filters.", _LIMITS, "SIZE")
+        str | None, option("--filter-memory", "Memory of a process that evaluates filters.", _LIMITS, "SIZE")
     ] = None
     grace: Annotated[
         float | None,
-        _option("--grace", "How long an older version is held after it was last asked for.", _LIMITS, "SECONDS", min=0),
+        option("--grace", "How long an older version is held after it was last asked for.", _LIMITS, "SECONDS", min=0),
     ] = None
 
 
@@ -139,17 +133,17 @@ class LimitFlags:
 class SafetyFlags:
     """Who may ask."""
 
-    tls_cert: Annotated[str | None, _option("--tls-cert", "Certificate of the servers (PEM).", _SAFETY, "FILE")] = None
-    tls_key: Annotated[str | None, _option("--tls-key", "Its key (PEM).", _SAFETY, "FILE")] = None
+    tls_cert: Annotated[str | None, option("--tls-cert", "Certificate of the servers (PEM).", _SAFETY, "FILE")] = None
+    tls_key: Annotated[str | None, option("--tls-key", "Its key (PEM).", _SAFETY, "FILE")] = None
     tls_client_ca: Annotated[
         str | None,
-        _option("--tls-client-ca", "Clients need a certificate that one of these has signed (PEM).", _SAFETY, "FILE"),
+        option("--tls-client-ca", "Clients need a certificate that one of these has signed (PEM).", _SAFETY, "FILE"),
     ] = None
     token_file: Annotated[
-        str | None, _option("--token-file", "File with the token that clients need.", _SAFETY, "FILE")
+        str | None, option("--token-file", "File with the token that clients need.", _SAFETY, "FILE")
     ] = None
     admin_token_file: Annotated[
-        str | None, _option("--admin-token-file", "File with the token to reload and drain with.", _SAFETY, "FILE")
+        str | None, option("--admin-token-file", "File with the token to reload and drain with.", _SAFETY, "FILE")
     ] = None
 
     def check(self) -> None:
@@ -300,10 +294,10 @@ def _write_only(indexes: list[ServedIndex], layout: ClusterFlags, options: Serve
     """
     from dataclasses import replace
 
-    from ..serve.cluster import plan_cluster, write_cluster
+    from ..serve.cluster import existing_cluster, plan_cluster, write_cluster
 
     addresses = [_address(text) for text in layout.address]
-    old = _existing(layout.cluster_file, options)
+    old = existing_cluster(layout.cluster_file, options.storage_options)
     with usage_errors():
         planned = plan_cluster(
             indexes,
@@ -335,18 +329,6 @@ def _grown(cluster: ClusterFile, addresses: list[tuple[str, int, int | None]]) -
         if (entry.host, entry.port, entry.http_port) not in addresses:
             cluster = cluster.without_server(entry.id)
     return cluster
-
-
-def _existing(location: str, options: ServeOptions) -> ClusterFile | None:
-    from ..errors import ClusterFileInvalid
-    from ..serve.cluster import read_cluster
-
-    try:
-        return read_cluster(location, options.storage_options)
-    except ClusterFileInvalid as exc:
-        if "there is no such file" in exc.problems:
-            return None
-        raise
 
 
 def _address(text: str) -> tuple[str, int, int | None]:

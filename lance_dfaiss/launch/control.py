@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import ssl
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from .._version import __version__
-from ..errors import AccessDenied, DfaissError, IndexNotFound
-from ..serve.cluster import ClusterFile, ServerEntry, read_cluster, write_cluster
+from ..errors import DfaissError
+from ..serve.cluster import ClusterFile, ServerEntry, note_versions, read_cluster
 from ..serve.connection import Connection, connection_error
+from ..serve.refusals import no_index
 from ..serve.status import ServerStatus
 from ..serve.wire import PROTOCOL, Done, Frame, Hello, Message, Offers, Reload, Status, StatusReply, Welcome, decode
 
@@ -84,6 +84,7 @@ def move_servers(
     *,
     index: str | None,
     version: int | None,
+    hold: bool,
     storage_options: Mapping[str, str] | None = None,
 ) -> list[Move]:
     """Have all servers read the cluster file and move to a dataset version: all to the same one.
@@ -101,6 +102,8 @@ def move_servers(
         Name under which an index is served; None for all.
     version : int or None
         Dataset version; None for the newest.
+    hold : bool
+        Stay there until the next move, also where servers follow the dataset.
     storage_options : mapping, optional
         For the cluster file.
 
@@ -109,27 +112,23 @@ def move_servers(
     IndexNotFound
         If no such index is served.
     ClusterFileInvalid
-        If there is no cluster file, or somebody changed it meanwhile.
+        If there is no cluster file.
     """
     cluster = read_cluster(location, storage_options)
     names = tuple(served.name for served in cluster.indexes)
     if index is not None and index not in names:
-        raise IndexNotFound(
-            f"no index {index!r} is served", remedy=f"There is {', '.join(names)}", name=index, available=names
-        )
+        raise no_index(index, names)
 
     async def move() -> list[Move]:
         wanted = names if index is None else (index,)
-        hold = version is not None
         return [move for name in wanted for move in await _move_index(cluster.servers, caller, name, version, hold)]
 
     moves = _run(move)
     failed = {each.index for each in moves if each.version is None}
     versions = {each.index: each.version for each in moves if each.version is not None and each.index not in failed}
-    stays = version is not None or not cluster.refresh_seconds
-    moved = cluster.with_versions({name: found if stays else None for name, found in versions.items()})
-    if moved != cluster:  # servers write it too, where they may
-        write_cluster(location, moved, expected_epoch=cluster.epoch, storage_options=storage_options)
+    stays = hold or not cluster.refresh_seconds
+    # Servers write it too, where they may; and others may have moved other indexes meanwhile.
+    note_versions(location, {name: found if stays else None for name, found in versions.items()}, storage_options)
     return moves
 
 
@@ -147,21 +146,9 @@ async def _move_index(
 async def _move(entry: ServerEntry, caller: Caller, index: str, version: int | None, hold: bool) -> Move:
     try:
         done: Done = await _ask(entry, Reload(index=index, version=version, hold=hold), Done, caller)
-        at = str(done.facts.get("at", {}).get(index, ""))
-        if version is None:
-            reply: StatusReply = await _ask(entry, Status(), StatusReply, caller)
-            version = _version_of(reply.status, index, at)
     except DfaissError as exc:
         return Move(server=entry.id, index=index, at="", version=None, error=exc)
-    return Move(server=entry.id, index=index, at=at, version=version)
-
-
-def _version_of(status: Mapping[str, Any], index: str, at: str) -> int | None:
-    for each in status["indexes"]:
-        for snapshot in each["snapshots"]:
-            if each["name"] == index and snapshot["at"] == at:
-                return int(snapshot["version"])
-    return None
+    return Move(server=entry.id, index=index, at=done.facts["at"][index], version=done.facts["versions"][index])
 
 
 async def _status_of(servers: Sequence[ServerEntry], caller: Caller) -> dict[int, ServerStatus | DfaissError]:
@@ -218,20 +205,10 @@ class _Call:
 
 async def _ask(entry: ServerEntry, message: Message, expected: type[Message], caller: Caller) -> Any:
     name = f"server {entry.id} ({entry.host}:{entry.port})"
-    if caller.token and caller.tls is None and not _is_loopback(entry.host):
-        raise AccessDenied(
-            f"the token would travel unencrypted to {name}", remedy="Give the servers a certificate, and use TLS"
-        )
     call = _Call(name, message, expected, caller.token)
 
     async def ask() -> Message:
-        await asyncio.get_running_loop().create_connection(
-            lambda: call.connection,
-            entry.host,
-            entry.port,
-            ssl=caller.tls,
-            server_hostname=entry.host if caller.tls is not None else None,
-        )
+        await call.connection.dial(entry.host, entry.port, caller.tls)
         return await call.answer
 
     try:
@@ -242,13 +219,6 @@ async def _ask(entry: ServerEntry, message: Message, expected: type[Message], ca
         call.connection.close(connection_error(name, None))
         if call.answer.done() and not call.answer.cancelled():
             call.answer.exception()  # told already, or of no interest
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _run(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:

@@ -13,14 +13,22 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 import msgspec
 
-from ..errors import CannotServe, ClusterFileInvalid, DfaissError, InvalidArgument
-from ..serve.cluster import ClusterFile, ServedIndex, ServerEntry, plan_cluster, read_cluster, write_cluster
+from ..errors import CannotServe, DfaissError, InvalidArgument
+from ..serve.cluster import (
+    ClusterFile,
+    ServedIndex,
+    ServerEntry,
+    existing_cluster,
+    plan_cluster,
+    read_cluster,
+    write_cluster,
+)
 from ..serve.security import check_listen
 from .notices import Notice, NoticeSocket
 from .options import ServeOptions
@@ -170,6 +178,7 @@ class LocalCluster:
         self._watcher: threading.Thread | None = None
         self._closing = False
         self._starting = False
+        self._stopped = False
         # Of the members and all that is in them; notified whenever one changes.
         self._changed = threading.Condition()
         # Held by whoever changes the layout or restarts servers: one after the other.
@@ -231,10 +240,11 @@ class LocalCluster:
         try:
             self._lay_out(epoch=before + 1)
             self._notices = NoticeSocket()
-            self._closing, self._starting = False, True
+            self._closing, self._starting, self._stopped = False, True, False
             self._watcher = threading.Thread(target=self._watch, name="lance-dfaiss-launcher", daemon=True)
             self._watcher.start()
             with self._changed:
+                self._check_goes_on()
                 for member in self._members.values():
                     self._spawn(member)
             self._wait_ready(list(self._members))
@@ -247,6 +257,7 @@ class LocalCluster:
     def stop(self) -> None:
         """Stop all servers: each drains first, and is killed if it does not end in time. Can be called again."""
         with self._changed:
+            self._stopped = True
             for member in self._members.values():
                 runs = member.life.runs
                 member.life = member.life.told_to_stop(time.monotonic())
@@ -261,6 +272,7 @@ class LocalCluster:
     def kill(self) -> None:
         """End all servers at once, without waiting for that; safe to call from a signal handler."""
         with self._changed:
+            self._stopped = True
             for member in self._members.values():
                 member.life = member.life.told_to_stop(time.monotonic())
                 member.signal(signal.SIGKILL)
@@ -304,7 +316,7 @@ class LocalCluster:
         DfaissError
             What kept it from starting; the layout is then without it again.
         """
-        with self._one_change, contextlib.ExitStack() as undo:
+        with self._change(), contextlib.ExitStack() as undo:
             sock = undo.enter_context(listen(self._host, 0))
             http = undo.enter_context(listen(self._host, 0)) if self._http else None
             cluster, entry = self._newest().with_server(
@@ -316,6 +328,7 @@ class LocalCluster:
             try:
                 with self._changed:
                     self._members[entry.id] = member
+                    self._check_goes_on()
                     self._spawn(member)
                 self.reload()
                 self._wait_ready([entry.id])
@@ -340,7 +353,7 @@ class LocalCluster:
         InvalidArgument
             If it is the only one.
         """
-        with self._one_change:
+        with self._change():
             self._remove(server_id)
 
     def restart(self, server_id: int) -> None:
@@ -356,7 +369,7 @@ class LocalCluster:
         DfaissError
             What kept it from starting.
         """
-        with self._one_change:
+        with self._change():
             self._restart(server_id)
 
     def rolling_restart(self) -> None:
@@ -367,7 +380,7 @@ class LocalCluster:
         DfaissError
             What kept a server from starting; the rest are not restarted then.
         """
-        with self._one_change:
+        with self._change():
             for server_id in list(self._members):
                 self._restart(server_id)
 
@@ -440,8 +453,10 @@ class LocalCluster:
 
     def _watch(self) -> None:
         assert self._notices is not None
+        notices = select.poll()  # not `select.select`, which fails in a process with a thousand files open
+        notices.register(self._notices, select.POLLIN)
         while not self._closing:
-            select.select([self._notices], [], [], _LOOK_SECONDS)
+            notices.poll(_LOOK_SECONDS * 1000)
             with self._changed:
                 try:
                     self._read_notices()
@@ -513,6 +528,18 @@ class LocalCluster:
                 self._write_line(text)
 
     # The steps of what is asked for.
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[None]:
+        """Be the only one who changes something, in a cluster that was not stopped."""
+        with self._one_change:
+            self._check_goes_on()
+            yield
+
+    def _check_goes_on(self) -> None:
+        """Raise if the cluster was told to stop: nobody would look after what is started."""
+        if self._stopped:
+            raise CannotServe("the cluster was stopped", remedy="Make another one")
 
     def _lay_out(self, *, epoch: int) -> None:
         """Listen, and write the cluster file that says where."""
@@ -610,6 +637,7 @@ class LocalCluster:
     def _restart(self, server_id: int) -> None:
         member = self._members[self.cluster.server(server_id).id]
         with self._changed:
+            self._check_goes_on()
             if member.life.over:
                 member.listen_again(self._host)
             self._stop_one(member, Life.told_to_restart)
@@ -647,12 +675,9 @@ def _check_unused(location: str, options: ServeOptions) -> int:
     ClusterFileInvalid
         If it is something else: it will not be overwritten.
     """
-    try:
-        cluster = read_cluster(location, options.storage_options)
-    except ClusterFileInvalid as exc:
-        if "there is no such file" in exc.problems:
-            return 0
-        raise
+    cluster = existing_cluster(location, options.storage_options)
+    if cluster is None:
+        return 0
     for entry in cluster.servers:
         if _answers(entry):
             raise CannotServe(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 import msgspec
 
 from ..errors import DfaissError
+from ..serve.loops import new_loop
 from ..serve.security import check_listen
 from .notices import Notifier
 from .options import ServeOptions
@@ -134,7 +135,7 @@ def run_server(
     """
     check_listen(sock.getsockname()[0], config.access, config.tls)
     _allow_files()
-    loop = _new_loop()
+    loop = new_loop()
     asyncio.set_event_loop(loop)
     try:
         return loop.run_until_complete(_Run(config, sock, http_sock, notifier or Notifier(os.environ)).run())
@@ -227,15 +228,6 @@ def _allow_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         except (OSError, ValueError) as exc:  # some systems allow less than they say
             _log.warning("at most %d files and connections can be open: %s", soft, exc)
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-    return loop
 
 
 def _stop_with_stdin() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -251,7 +252,7 @@ class Part:
             self._arm(2 * seconds)
 
 
-class Asking:
+class Asking(ABC):
     """A question of one or more calls, asked together.
 
     Parameters
@@ -294,17 +295,17 @@ class Asking:
 
     # What a kind of question is.
 
+    @abstractmethod
     def message(self, part: Part, seconds: float) -> tuple[Message, Sequence[Buffer]]:
         """Return what to send."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, part: Part, frame: Frame) -> Any:
         """Return what was answered; `ProtocolError` if it makes no sense."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, answers: dict[tuple[int, int], Any]) -> None:
         """Settle all calls, given the answers by group and first query or row."""
-        raise NotImplementedError
 
     def chunk(self) -> int:
         """Return how many queries or rows go in one request."""

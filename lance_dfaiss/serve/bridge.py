@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from ..errors import ClientUnusable
 from .asking import Call
+from .loops import new_loop
 
 __all__ = ["Asker", "Bridge", "Slot", "closed_error", "forked_error"]
 
@@ -119,7 +120,7 @@ class Bridge:
         self._closing = False
         self._inbox: deque[tuple[Call | Job, Slot]] = deque()
         self._awake = False
-        self._loop = _new_loop()
+        self._loop = new_loop()
         self._thread = threading.Thread(target=self._turn, name="lance-dfaiss-client", daemon=True)
         self._thread.start()
 
@@ -209,15 +210,6 @@ class Bridge:
 def _given_up(item: Call | Job, slot: Slot) -> None:
     slot.give_up()
     item.leave()
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-    return loop
 
 
 def closed_error() -> ClientUnusable:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import FilterRefused, IndexNotFound, InvalidArgument, InvalidQuery
+from ..errors import FilterRefused, InvalidArgument, InvalidQuery
 from ..search.arguments import (
     MAX_RESULTS,
     checked_columns,
@@ -26,10 +26,11 @@ from ..vectors import as_queries
 from .asking import unavailable
 from .fleet import Fleet
 from .questions import KnnKey, RangeKey
+from .refusals import no_index
 from .sql import MAX_FILTER_BYTES
 from .wire import Offer
 
-__all__ = ["Asked", "Checks", "Defaults", "checked_seconds", "checked_share", "no_index", "tls_context"]
+__all__ = ["Asked", "Checks", "Defaults", "checked_seconds", "checked_share", "tls_context"]
 
 
 _SHOWN = 200  # characters of a filter in an error
@@ -234,13 +235,6 @@ def _sendable(given: Any) -> str | None:
             value=sql[:_SHOWN],
         )
     return sql
-
-
-def no_index(name: Any, available: tuple[str, ...]) -> IndexNotFound:
-    """Return the error for an index that is not in the cluster file."""
-    return IndexNotFound(
-        f"no index {name!r} is served", remedy=f"There is {', '.join(available)}", name=str(name), available=available
-    )
 
 
 def tls_context(given: ssl.SSLContext | str | os.PathLike[str] | None, servers_have_tls: bool) -> ssl.SSLContext | None:

@@ -7,11 +7,13 @@ writer half-way, keeps what it knew, and reads again later.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import time
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, TypedDict, TypeVar
 
@@ -39,10 +41,23 @@ from .placement import assign_groups, join_group, leave_group
 
 T = TypeVar("T")
 
-__all__ = ["ClusterFile", "ServedIndex", "ServerEntry", "plan_cluster", "read_cluster", "write_cluster"]
+__all__ = [
+    "ClusterFile",
+    "ServedIndex",
+    "ServerEntry",
+    "existing_cluster",
+    "note_versions",
+    "plan_cluster",
+    "read_cluster",
+    "write_cluster",
+]
 
 _FORMAT: Final = 1
 _MAX_BYTES: Final = 16 * 1024 * 1024
+
+# No longer than this: whoever has the lock may have been stopped, or have the folder locked for something else.
+_LOCK_SECONDS: Final = 2.0
+_LOCK_PAUSE_SECONDS: Final = 0.002
 _LISTED_PROBLEMS: Final = 10
 _MAX_PORT: Final = 65_535
 
@@ -201,6 +216,11 @@ class ClusterFile:
         ids = ", ".join(str(server.id) for server in self.servers)
         problem = f"there is no server {server_id} in epoch {self.epoch}; there are {ids}"
         raise _invalid([problem], "", "Name one of these, or read the file again")
+
+    @property
+    def versions(self) -> dict[str, int | None]:
+        """At which version each index is to stay, by its name; None for one that follows the dataset."""
+        return {served.name: served.version for served in self.indexes}
 
     def with_server(
         self, host: str, port: int, *, http_port: int | None, weight: float = 1.0
@@ -410,6 +430,34 @@ def read_cluster(location: str | os.PathLike[str], storage_options: Mapping[str,
     return _decode(data, file.location)
 
 
+def existing_cluster(
+    location: str | os.PathLike[str], storage_options: Mapping[str, str] | None = None
+) -> ClusterFile | None:
+    """Read a cluster file, where there is one.
+
+    Parameters
+    ----------
+    location, storage_options
+        As for `read_cluster`.
+
+    Returns
+    -------
+    ClusterFile or None
+        None if there is no such file.
+
+    Raises
+    ------
+    DfaissError
+        As `read_cluster` does for what is there and is no cluster file.
+    """
+    try:
+        return read_cluster(location, storage_options)
+    except ClusterFileInvalid as exc:
+        if isinstance(exc.__cause__, MissingFile):
+            return None
+        raise
+
+
 def write_cluster(
     location: str | os.PathLike[str],
     cluster: ClusterFile,
@@ -430,8 +478,9 @@ def write_cluster(
         It is checked as on reading.
     expected_epoch : int, optional
         Only write if the file there has this epoch; 0 if there should be none. The file is read right before it is
-        written, and nothing ties the two together: of two writers at the same moment both may succeed, and the later
-        one wins. It guards against a stale copy, not against a race: let one operator change a layout at a time.
+        written. On a local path, writers of one machine take turns; elsewhere nothing ties the two together: of two
+        writers at the same moment both may succeed, and the later one wins. It guards against a stale copy, not
+        against a race: let one operator change a layout at a time.
     storage_options : mapping, optional
         For the backend.
 
@@ -449,10 +498,42 @@ def write_cluster(
     file = _open(location, storage_options)
     value = cluster.to_json()
     ClusterFile.from_json(value, location=f"to be written to {file.location}")
-    if expected_epoch is not None:
-        _check_epoch(file, expected_epoch)
+    with file.alone():
+        if expected_epoch is not None:
+            _check_epoch(file, expected_epoch)
+        file.write(_encoded(value))
+
+
+def note_versions(
+    location: str | os.PathLike[str],
+    versions: Mapping[str, int | None],
+    storage_options: Mapping[str, str] | None = None,
+) -> None:
+    """Note in a cluster file at which versions indexes are to stay, and leave the rest as it is by now.
+
+    Parameters
+    ----------
+    location, storage_options
+        As for `read_cluster`.
+    versions : mapping of str to (int or None)
+        By name of the index; None for one that follows the dataset. Names that the file does not have are left out.
+
+    Raises
+    ------
+    DfaissError
+        What `read_cluster` and `write_cluster` raise.
+    """
+    file = _open(location, storage_options)
+    with file.alone():
+        cluster = read_cluster(location, storage_options)
+        noted = cluster.with_versions(versions)
+        if noted != cluster:
+            file.write(_encoded(noted.to_json()))
+
+
+def _encoded(value: dict[str, Any]) -> bytes:
     # Indented: people read it, and change a host by hand.
-    file.write((json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _check_epoch(file: _LocalFile | _RemoteFile, expected_epoch: int) -> None:
@@ -643,6 +724,35 @@ class _LocalFile:
                 raise
             _sync_folder(folder)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Have the other writers of this machine wait: each reads the file, and writes it with a change."""
+        try:
+            folder = os.open(os.path.dirname(self._path), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # nor can it be written to, and that tells more
+            yield
+            return
+        try:
+            _lock(folder)
+            yield
+        finally:
+            os.close(folder)
+
+
+def _lock(descriptor: int) -> None:
+    """Take turns with others, until the descriptor is closed."""
+    end = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < end:
+                time.sleep(_LOCK_PAUSE_SECONDS)
+                continue
+        except OSError:  # there are file systems without locks
+            pass
+        return
+
 
 def _sync_folder(folder: str) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
@@ -673,6 +783,11 @@ class _RemoteFile:
     def write(self, data: bytes) -> None:
         with storage_errors(self.location, writing=True):
             self._fs.pipe_file(self._path, data)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Do nothing: there is no lock that all stores have."""
+        yield
 
 
 def _open(location: str | os.PathLike[str], storage_options: Mapping[str, str] | None) -> _LocalFile | _RemoteFile:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import ipaddress
 import socket
 import ssl
 import time
@@ -30,8 +30,6 @@ from .wire import (
 )
 
 __all__ = ["MAX_ANSWER_BYTES", "Connection", "Listener", "Waiting", "connection_error"]
-
-_log = logging.getLogger(__name__)
 
 MAX_ANSWER_BYTES = 1024**3
 """The longest answer that is read: columns of many rows. A server that was let in is trusted that far."""
@@ -149,6 +147,33 @@ class Connection(asyncio.Protocol):
         self._end(error)
 
     # What the client calls.
+
+    async def dial(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
+        """Connect to the server.
+
+        Parameters
+        ----------
+        host : str
+            Name or address; the certificate must be for it.
+        port : int
+        tls : ssl.SSLContext or None
+            None for no TLS.
+
+        Raises
+        ------
+        AccessDenied
+            If the token would travel unencrypted to another machine.
+        OSError
+            If there is no connection; see `connection_error`.
+        """
+        if self._hello.token and tls is None and not _is_loopback(host):
+            raise AccessDenied(
+                f"the token would travel unencrypted to {self.name}",
+                remedy="Give the servers a certificate, and pass tls= or --tls-ca",
+            )
+        await asyncio.get_running_loop().create_connection(
+            lambda: self, host, port, ssl=tls, server_hostname=None if tls is None else host
+        )
 
     @property
     def full(self) -> bool:
@@ -288,3 +313,10 @@ def connection_error(name: str, exc: BaseException | None) -> DfaissError:
         found = Unavailable(f"no connection to {name}: {what}", groups=(), shards=(), coverage=0.0)
     found.__cause__ = exc
     return found
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

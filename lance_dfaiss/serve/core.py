@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -11,15 +12,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..errors import AccessDenied, ClientUnusable, DfaissError, ProtocolError, SnapshotGone, Unavailable
+from ..errors import AccessDenied, DfaissError, ProtocolError, SnapshotGone, Unavailable
 from ..types import MISSING_ROW_ID
 from .answers import Answer
 from .asking import Asking, Call, unavailable
-from .bridge import forked_error
-from .checks import Asked, Checks, Defaults, no_index
+from .bridge import closed_error, forked_error
+from .checks import Asked, Checks, Defaults
 from .connection import connection_error
-from .fleet import Fleet, Replica
+from .fleet import CONNECT_SECONDS, Fleet, Replica
 from .questions import COALESCED_QUERIES, FetchAsking, Found, KnnAsking, KnnKey, RangeAsking, RangeKey
+from .refusals import no_index
 from .wire import Frame, Message, decode
 
 __all__ = ["Core"]
@@ -51,7 +53,7 @@ class Core:
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
         self._gathered: dict[KnnKey, list[Call]] = {}
-        self._unusable = ""
+        self._closed = False
 
     async def begin(self) -> None:
         """Wait until everything can be asked.
@@ -104,25 +106,22 @@ class Core:
 
     async def close(self) -> None:
         """Hang up; calls that wait get `ClientUnusable`."""
-        if self._unusable:
+        if self._closed:
             return
-        self._unusable = "the client is closed"
+        self._closed = True
         for calls in self._gathered.values():
             for call in calls:
                 if not call.settle.done():
-                    call.settle.set_exception(self._unusable_error())
+                    call.settle.set_exception(closed_error())
         self._gathered.clear()
         await self.fleet.close()
 
     def check_usable(self) -> None:
         """Refuse to go on after `close`, and in a forked process."""
-        if self._unusable:
-            raise self._unusable_error()
+        if self._closed:
+            raise closed_error()
         if os.getpid() != self._pid:
             raise forked_error()
-
-    def _unusable_error(self) -> ClientUnusable:
-        return ClientUnusable(self._unusable, remedy="Call connect again")
 
     def call(self, key: Any, payload: bytes, n: int, seconds: float) -> Call:
         """Return a call that a coroutine waits for."""
@@ -221,6 +220,9 @@ class Core:
 
     async def tell(self, replica: Replica, message: Message, expected: type[Message], seconds: float) -> Any:
         """Ask one server something that is about itself."""
+        if not replica.settled:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._met(replica), min(seconds, CONNECT_SECONDS))
         connection = replica.connection()
         if connection is None:
             raise replica.error or Unavailable(
@@ -235,6 +237,17 @@ class Core:
             raise connection_error(replica.name, exc) from exc
         finally:
             connection.cancel(request_id)
+
+    async def _met(self, replica: Replica) -> None:
+        """Wait until a server was reached, or could not be: `begin` waits only for enough of them to search."""
+        changed = asyncio.Event()
+        self.fleet.waiting.add(changed.set)
+        try:
+            while not replica.settled:
+                changed.clear()
+                await changed.wait()
+        finally:
+            self.fleet.waiting.discard(changed.set)
 
 
 class _Once:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import random
 import ssl
@@ -20,7 +19,7 @@ from .connection import Connection, connection_error
 from .routing import HedgeBudget, LearnedDelay, Missing, ReplicaLoad, Route, Standing, choose_route, missing_of
 from .wire import PROTOCOL, Frame, Hello, Limits, Offer, Offers, Status, Welcome
 
-__all__ = ["GRACE_SECONDS", "Fleet", "FleetOptions", "Replica", "Way"]
+__all__ = ["CONNECT_SECONDS", "GRACE_SECONDS", "Fleet", "FleetOptions", "Replica", "Way"]
 
 _log = logging.getLogger(__name__)
 
@@ -109,19 +108,21 @@ class Replica(ReplicaLoad):
         What it offers, or did when it was last there.
     limits : Limits
         What it takes.
-    draining, retired : bool
-        It takes nothing new; it is not in the cluster file any more.
+    draining, retired, gone : bool
+        It takes nothing new; it is not in the cluster file any more; and no older layout needs it either.
     session : int
         How often it was connected to.
     error : DfaissError or None
         Why it could not be reached the last time; None as long as nothing went wrong.
     settled : bool
         It was reached, or could not be, once at least.
+    missed, warned_at : bool, float
+        The log says that it was lost, and not yet that it is back; when it last said so, in monotonic seconds.
     """
 
     __slots__ = (
-        "draining", "entry", "epoch", "error", "gone", "limits", "links", "missed", "offers", "retired", "session",
-        "settled", "warned_at",
+        "draining", "entry", "error", "gone", "limits", "links", "missed", "offers", "retired", "session", "settled",
+        "warned_at",
     )  # fmt: skip
 
     def __init__(self, entry: ServerEntry) -> None:
@@ -130,7 +131,6 @@ class Replica(ReplicaLoad):
         self.links: list[Link] = []
         self.offers: tuple[Offer, ...] = ()
         self.limits = Limits()
-        self.epoch = -1
         self.session = 0
         self.draining = False
         self.retired = False
@@ -250,26 +250,12 @@ class Link:
     async def _connect(self) -> asyncio.Future[DfaissError]:
         """Connect, be welcomed, and return what will tell why the connection was lost."""
         entry, options = self._replica.entry, self._fleet.options
-        if options.token and options.tls is None and not _is_loopback(entry.host):
-            raise AccessDenied(
-                f"the token would travel unencrypted to {self._replica.name}",
-                remedy="Pass tls=, and give the servers a certificate",
-            )
         self._welcomed: asyncio.Future[None] = self._loop.create_future()
         self._lost: asyncio.Future[DfaissError] = self._loop.create_future()
         hello = Hello(protocol=PROTOCOL, token=options.token or "", client=f"lance-dfaiss/{__version__}")
         connection = Connection(self._replica.name, hello, self)
         try:
-            await asyncio.wait_for(
-                self._loop.create_connection(
-                    lambda: connection,
-                    entry.host,
-                    entry.port,
-                    ssl=options.tls,
-                    server_hostname=entry.host if options.tls is not None else None,
-                ),
-                CONNECT_SECONDS,
-            )
+            await asyncio.wait_for(connection.dial(entry.host, entry.port, options.tls), CONNECT_SECONDS)
             if self._closed:
                 # In the moment it was: `wait_for` forgets a cancellation when what it waits for ends at the same time.
                 raise ClientUnusable("the connection was closed")
@@ -368,7 +354,7 @@ class Link:
 
     def _heard_offers(self, epoch: int, offers: tuple[Offer, ...], draining: bool) -> None:
         replica = self._replica
-        replica.epoch, replica.offers, replica.draining = epoch, offers, draining
+        replica.offers, replica.draining = offers, draining
         if epoch > self._fleet.cluster.epoch:
             self._fleet.doubt()
         self._fleet.changed()
@@ -647,10 +633,3 @@ def _way(route: Route, replicas: Sequence[Replica]) -> Way:
         pending=min(limit.pending for limit in taken),
     )
     return Way(route, asked, not route.missing, sum(route.offer.rows), limits)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from ..search.view import View
 from ..types import UInt64Array
 from .cluster import ClusterFile, ServedIndex
 from .placement import place_fragment, place_shards
+from .refusals import no_index
 from .warming import warm
 from .wire import Offer
 
@@ -272,10 +273,7 @@ class Holdings:
         """
         shelf = self.shelves.get(index)
         if shelf is None:
-            names = tuple(self.shelves)
-            raise IndexNotFound(
-                f"no index {index!r} is served here", remedy=f"There is {', '.join(names)}", name=index, available=names
-            )
+            raise no_index(index, tuple(self.shelves))
         held = shelf.snapshots.get(at)
         if held is None:
             raise SnapshotGone(
@@ -312,7 +310,7 @@ class Holdings:
             What went wrong; what was held goes on being served.
         """
         if index is not None and index not in self.shelves:
-            self.find(index, "")
+            raise no_index(index, tuple(self.shelves))
         with self._one_at_a_time:
             moved = {}
             for name in self.shelves if index is None else [index]:
@@ -455,9 +453,10 @@ class Holdings:
             payload = Payload(
                 pinned, self._options.payload, fragments, before=None if newest is None else newest.payload
             )
-        self._sift.open(key, pinned, fragments, self._options.filter_columns)
         lone_threads = warm(view, self._threads)
         offer = self._offer_of(shelf.served.name, at, view, portion)
+        # Last, when nothing can fail any more: only what is offered is closed again.
+        self._sift.open(key, pinned, fragments, self._options.filter_columns)
         _log.info(
             "index %r: %s ready: version %d, generation %s, %d rows of group %d, %d bytes read",
             shelf.served.name,
@@ -602,7 +601,7 @@ class Holdings:
             self._changed()
             self._let_go(snapshots)
 
-    def _let_go(self, snapshots: Sequence[Held] | Any) -> None:
+    def _let_go(self, snapshots: Iterable[Held]) -> None:
         keys = [f"{held.offer.index}/{held.offer.at}" for held in snapshots]
         for key in keys:
             self._sift.close_key(key)
@@ -621,6 +620,8 @@ def _taken_over(shelf: Shelf | None, served: ServedIndex) -> Shelf:
     if (was.dataset, was.index, was.index_uri) == (served.dataset, served.index, served.index_uri):
         return replace(shelf, served=served)
     # Another index under the same name: the one before is served until this is loaded, and shares nothing with it.
+    if shelf.newest is not None:
+        shelf.newest.newest_at = time.monotonic()  # or it would never count as left behind
     return Shelf(served, snapshots=shelf.snapshots)
 
 

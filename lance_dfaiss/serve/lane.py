@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import DeadlineExceeded, Overloaded
+from ..errors import DeadlineExceeded
 from .batcher import Batch, Batcher, Waiting
+from .refusals import overloaded
 
 __all__ = ["Lane", "Outcome"]
-
-_log = logging.getLogger(__name__)
 
 Outcome = tuple[Any, Any]
 """The ticket of a request, and its answer or the exception in its place."""
@@ -76,12 +74,7 @@ class Lane:
                     self._changed.notify()
                 return
             waiting = self._batcher.waiting
-        raise Overloaded(
-            f"{waiting} queries are waiting, and this server takes {self._batcher.max_waiting}",
-            remedy="Try again later, send fewer at once, or add replicas",
-            waiting=waiting,
-            retry_after_seconds=0.05,
-        )
+        raise overloaded("queries", waiting, self._batcher.max_waiting)
 
     def drop(self, request: Waiting[Any]) -> None:
         """Forget a request."""

@@ -332,7 +332,7 @@ class ServerMetrics:
             self._swaps[index, outcome] = self._swaps.get((index, outcome), 0) + 1
 
     def load_failure(self, index: str) -> None:
-        """Count a shard or column that could not be loaded."""
+        """Count an attempt to serve another snapshot of an index that failed."""
         with self._lock:
             self._index(index).load_failures += 1
 
@@ -420,7 +420,7 @@ class _Families(Collector):
             failures = [((name,), index.load_failures) for name, index in of._indexes.items()]
             last = [({"index": name}, swap) for name, i in of._indexes.items() if (swap := i.last_swap) is not None]
         yield _counter("swaps", "Attempts to serve another snapshot.", ("index", "outcome"), counts)
-        yield _counter("load_failures", "Shards or columns that did not load.", ("index",), failures)
+        yield _counter("load_failures", "Attempts to serve another snapshot that failed.", ("index",), failures)
         yield _gauge("last_swap_timestamp_seconds", "When it ended.", [(name, swap[0]) for name, swap in last])
         yield _gauge("last_swap_seconds", "How long it took.", [(name, swap[1]) for name, swap in last])
         yield _gauge("last_swap_success", "1 if it did.", [(name, swap[2] == OK) for name, swap in last])

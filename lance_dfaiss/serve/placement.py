@@ -190,7 +190,7 @@ def place_shards(shards: Sequence[tuple[str, int]], weights: Sequence[float]) ->
       equal weight, as multiples of the fair share, shards of equal size: 1.0 with 1 or 2 shards a group, at most
       1.38 with more, 1.25 with 16 or more. Sizes within ± 30 %: at most 1.72 with 2 a group, 1.24 with 16 or more.
     - Bytes that move when one group joins G others: the share of the new one is 1 / (G + 1). Measured with 16 to 64
-      shards a group, of equal size or within ± 30 %, at most 1.27 / (G + 1); with 8 a group 1.6, with 3 up to 2.7.
+      shards a group, of equal size or within ± 30 %, at most 1.5 / (G + 1); with 3 a group it can be more than 2.5.
     - Where a shard is taken out of the middle of the list, of the bytes behind it move on average: nearly all with 2
       shards a group, half with 8, a fifth with 16, a thirtieth with 64.
 

@@ -1,10 +1,12 @@
-"""What a request is told that is not answered: too much, too many, too late."""
+"""What a request is told that is not answered: too much, too many, too late, and of what there is not."""
 
 from __future__ import annotations
 
-from ..errors import DeadlineExceeded, InvalidArgument, Overloaded
+from typing import Any
 
-__all__ = ["over_limit", "overloaded", "too_late", "too_long"]
+from ..errors import DeadlineExceeded, IndexNotFound, InvalidArgument, Overloaded
+
+__all__ = ["no_index", "over_limit", "overloaded", "too_late", "too_long"]
 
 
 def overloaded(what: str, waiting: int, most: int) -> Overloaded:
@@ -43,4 +45,11 @@ def too_late(seconds: float) -> DeadlineExceeded:
         f"the request took longer than the {seconds:.3f} s that it had",
         remedy="Give it more time, or the cluster more replicas",
         seconds=seconds,
+    )
+
+
+def no_index(name: Any, available: tuple[str, ...]) -> IndexNotFound:
+    """Return the error for an index that is not served."""
+    return IndexNotFound(
+        f"no index {name!r} is served", remedy=f"There is {', '.join(available)}", name=str(name), available=available
     )

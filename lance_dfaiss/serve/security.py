@@ -14,12 +14,11 @@ import os
 import socket
 import ssl
 import stat
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import AccessDenied, CannotServe, DfaissError, InvalidArgument
+from ..errors import CannotServe, DfaissError, InvalidArgument
 
 __all__ = [
     "MAX_TOKEN_BYTES",
@@ -27,7 +26,6 @@ __all__ = [
     "Access",
     "Rights",
     "check_listen",
-    "checked_columns",
     "client_tls",
     "load_token",
     "server_tls",
@@ -368,31 +366,3 @@ def _stays_here(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
         return ip.ipv4_mapped.is_loopback
     return ip.is_loopback
-
-
-def checked_columns(requested: Iterable[str] | None, allowed: Sequence[str]) -> list[str]:
-    """Return the columns that a client gets.
-
-    Parameters
-    ----------
-    requested : iterable of str or None
-        Names; ``"a.b"`` is a field of column ``a``. None: all that are allowed.
-    allowed : sequence of str
-        Columns, or fields of them, that clients may see, with all that is below.
-
-    Raises
-    ------
-    AccessDenied
-        If one is not among them. Whether the dataset has it is not told.
-    """
-    if requested is None:
-        return list(allowed)
-    names = list(dict.fromkeys(requested))
-    for name in names:
-        parts = name.split(".")
-        if not any(".".join(parts[:depth]) in allowed for depth in range(1, len(parts) + 1)):
-            raise AccessDenied(
-                f"column {name!r} is not served",
-                remedy=f"Served are {', '.join(allowed)}" if allowed else "This server was started without --columns",
-            )
-    return names

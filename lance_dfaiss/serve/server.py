@@ -19,7 +19,7 @@ from .._version import __version__
 from ..errors import DfaissError
 from ..machine import resident_bytes, usable_cores
 from .answering import Answering, Workload
-from .cluster import ClusterFile, read_cluster, write_cluster
+from .cluster import ClusterFile, note_versions, read_cluster
 from .gates import ENDINGS
 from .holdings import HoldingOptions, Holdings, Swap
 from .metrics import ServerMetrics
@@ -122,6 +122,8 @@ class Server:
         self.answering = Answering(config.server_id, self.holdings, config.access, config.workload, self.metrics, self)
         self.draining = False
         self._retired_at: float | None = None
+        # What the cluster file said last about versions to stay at: only what changes there is an order.
+        self._noted = config.cluster.versions
         # One thread: loads never run beside each other.
         self._loader = ThreadPoolExecutor(1, "lance-dfaiss-loader")
 
@@ -286,9 +288,10 @@ class Server:
 
     async def _follow(self) -> None:
         while True:
-            await asyncio.sleep(self._until_next_look())
+            seconds = self._until_next_look()
+            await asyncio.sleep(min(seconds, WATCH_SECONDS))
             try:
-                await self._run(self._look)
+                await self._run(self._look if seconds <= WATCH_SECONDS else self._watch)
             except ENDINGS:
                 raise
             except BaseException:  # an edge: whatever it is, it may be over at the next look
@@ -300,6 +303,12 @@ class Server:
             return WATCH_SECONDS
         margin = min(GRID_MARGIN_SECONDS, refresh / 4)
         return refresh - (time.time() - margin) % refresh
+
+    def _watch(self) -> None:
+        """Take up what the cluster file orders, between two looks for versions."""
+        self._reread()
+        if self._retired_at is None:
+            self.holdings.follow_held()
 
     def _look(self) -> None:
         self._reread()
@@ -320,14 +329,16 @@ class Server:
         except DfaissError as exc:
             _log.warning("server %d: the cluster file stays as it was: %s", self.config.server_id, exc)
             return
-        if cluster.epoch == self.holdings.cluster.epoch:
-            self.holdings.hold({served.name: served.version for served in cluster.indexes})
+        if cluster.epoch == self.holdings.cluster.epoch and cluster.versions != self._noted:
+            self._noted = cluster.versions
+            self.holdings.hold(cluster.versions)
         if cluster.epoch <= self.holdings.cluster.epoch:
             return
         if all(entry.id != self.config.server_id for entry in cluster.servers):
             self._retire(cluster.epoch)
             return
         self._retired_at = None
+        self._noted = cluster.versions
         _log.info("server %d: cluster epoch %d", self.config.server_id, cluster.epoch)
         dropped = set(self.holdings.shelves) - {served.name for served in cluster.indexes}
         self.holdings.lay_out(cluster)
@@ -360,12 +371,9 @@ class Server:
         """Note in the cluster file at which versions indexes stay, unless another server has."""
         if self.config.location is None:
             return
-        options = self.config.holding.storage_options
         try:
-            cluster = read_cluster(self.config.location, options)
-            noted = cluster.with_versions(versions)
-            if noted != cluster:
-                write_cluster(self.config.location, noted, expected_epoch=cluster.epoch, storage_options=options)
+            note_versions(self.config.location, versions, self.config.holding.storage_options)
+            self._noted = {**self._noted, **versions}
         except DfaissError as exc:
             _log.warning(
                 "server %d: a server that is started later may be at another version, for the cluster file cannot be"

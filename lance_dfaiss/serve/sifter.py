@@ -28,7 +28,7 @@ from ..types import UInt64Array
 from . import wire
 from .sift_child import LENGTH, Close, Failed, Matched, Open, Opened, Ping, Reply, Request, Sift, pack
 
-__all__ = ["DatasetPlace", "Sifter"]
+__all__ = ["Sifter"]
 
 _log = logging.getLogger(__name__)
 
@@ -333,7 +333,7 @@ class Sifter:
     def open(
         self,
         key: str,
-        pinned: PinnedDataset | DatasetPlace,
+        pinned: PinnedDataset,
         fragment_ids: Sequence[int] | None,
         columns: Sequence[str] = (),
     ) -> None:
@@ -343,17 +343,16 @@ class Sifter:
         ----------
         key : str
             Replaces what was registered under it.
-        pinned : PinnedDataset or DatasetPlace
+        pinned : PinnedDataset
             The version.
         fragment_ids : sequence of int or None
             Where to look; None for everywhere.
         columns : sequence of str
             Columns to keep in the RAM of each process.
         """
-        place = DatasetPlace.of(pinned) if isinstance(pinned, PinnedDataset) else pinned
         chosen = None if fragment_ids is None else tuple(map(int, fragment_ids))
         with self._changed:
-            self._open[key] = Open(next(self._numbers), place, chosen, tuple(columns))
+            self._open[key] = Open(next(self._numbers), DatasetPlace.of(pinned), chosen, tuple(columns))
         self._tidy_idle()
 
     def close_key(self, key: str) -> None:
@@ -362,7 +361,7 @@ class Sifter:
             self._open.pop(key, None)
         self._tidy_idle()
 
-    def matching(self, key: str, sql: str, timeout_seconds: float | None = None) -> UInt64Array:
+    def matching(self, key: str, sql: str) -> UInt64Array:
         """Return the addresses of the live rows that a filter matches, uint64 ``(n,)``, in storage order.
 
         Parameters
@@ -371,8 +370,6 @@ class Sifter:
             What to evaluate it on.
         sql : str
             The filter; see `sql.check_filter` about what to refuse at once.
-        timeout_seconds : float, optional
-            Shortens the time that evaluating it may take.
 
         Raises
         ------
@@ -389,7 +386,7 @@ class Sifter:
         Overloaded
             If all processes were busy with other filters for as long as this one may take.
         """
-        seconds = self._timeout_seconds if timeout_seconds is None else min(timeout_seconds, self._timeout_seconds)
+        seconds = self._timeout_seconds
         at = self._take(seconds)
         worker = self._workers[at]
         try:

@@ -627,7 +627,7 @@ def failure_of(error: DfaissError) -> Failure:
     return Failure(error=type(error).__name__, message=_text(error.message), remedy=_text(error.remedy), facts=facts)
 
 
-def error_of(failure: Failure, *, server: int = -1) -> DfaissError:
+def error_of(failure: Failure) -> DfaissError:
     """Return the error that a failure tells of.
 
     Facts that its class does not have are left out: the server may be newer. A class that is not known here, or a
@@ -635,13 +635,17 @@ def error_of(failure: Failure, *, server: int = -1) -> DfaissError:
     """
     cls = getattr(errors, failure.error, None) if failure.error in errors.__all__ else None
     if cls is None:
-        return ServerFailed(f"{failure.error}: {failure.message}", remedy=failure.remedy, server=server)
+        return _unknown(failure)
     types = _types_of_facts(cls)
     try:
         facts = {name: _fact(value, types[name]) for name, value in failure.facts.items() if name in types}
     except msgspec.ValidationError:
-        return ServerFailed(f"{failure.error}: {failure.message}", remedy=failure.remedy, server=server)
+        return _unknown(failure)
     return cls(failure.message, remedy=failure.remedy, **facts)  # type: ignore[no-any-return]
+
+
+def _unknown(failure: Failure) -> ServerFailed:
+    return ServerFailed(f"{failure.error}: {failure.message}", remedy=failure.remedy, server=-1)
 
 
 @functools.cache

@@ -18,7 +18,20 @@ from benchmarks.report import BEGIN, END, compared, markdown_table, write_page
 from benchmarks.timing import interleaved, interleaved_prepared, paired_ratio
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["build", "search", "shards", "open", "memory", "filter", "refresh", "update", "tail", "serve", "swap"]
+NAMES = [
+    "build",
+    "search",
+    "shards",
+    "open",
+    "memory",
+    "filter",
+    "refresh",
+    "update",
+    "tail",
+    "serve",
+    "serve-cpu",
+    "swap",
+]
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +223,16 @@ def test_served_answers_are_those_of_the_index_and_every_way_to_ask_is_measured(
 def test_a_swap_reads_what_is_new(runs: Any) -> None:
     (read,) = (row for row in runs["swap"]["rows"] if "bytes read" in row["what"])
     assert 0 < read["data"]["ours"] < read["data"]["peer"]
+
+
+def test_the_cpu_time_of_a_served_query_is_that_of_its_parts(runs: Any) -> None:
+    one, many, pauses = runs["serve-cpu"]["rows"]
+    for row in (one, many):
+        parts = [row["data"][name] for name in ("search threads", "server's event loop", "client")]
+        assert all(part > 0 for part in parts)
+        assert row["data"]["ours"] == pytest.approx(sum(parts))
+        assert row["data"]["peer"] > 0
+    assert "32 in flight" in many["what"]
+    # Calls of one moment travel together.
+    assert many["data"]["server's event loop"] < one["data"]["server's event loop"]
+    assert "between calls" in pauses["what"]

@@ -7,11 +7,9 @@ import os
 import signal
 import socket
 import subprocess
-import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,25 +19,13 @@ import pytest
 
 import lance_dfaiss
 from lance_dfaiss.cli.edge import in_command_words
+from lance_dfaiss.cli.options import TrustedAccess
+from lance_dfaiss.cli.serve import LimitFlags, SafetyFlags, WhatFlags, _serve_options
+from lance_dfaiss.errors import AccessDenied, InvalidArgument
+from lance_dfaiss.launch import ServeOptions
 from lance_dfaiss.serve.cluster import read_cluster
 from tests.cli.helpers import ENVIRONMENT, document, invoke, program, vectors, write
-
-SECONDS = 60.0
-
-
-def until(holds: Callable[[], bool]) -> None:
-    """Wait for what happens in another process, where nothing can be waited on."""
-    deadline = time.monotonic() + SECONDS
-    while not holds():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.02)
-
-
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
-        return True
+from tests.waiting import SECONDS, gone, until
 
 
 class Serving:
@@ -186,6 +172,18 @@ def test_rollback_takes_the_cluster_along(cluster: Serving, words: str, fresh: s
     assert "--tls-ca without --cluster-file" in invoke("rollback", words, "--tls-ca", "x", expect=2)[1]
 
 
+def test_servers_that_follow_are_held_by_reload_and_not_by_rollback(fresh: str, tmp_path: Path) -> None:
+    for partitions in ("2", "4"):
+        invoke("build", fresh, "vector", "--index-type", "IVF_FLAT", "--num-partitions", partitions, "--replace")
+    with serving(fresh, "--cluster-file", str(tmp_path / "c.json"), "--no-http") as found:
+        [before] = document("status", found.file)["indexes"]
+        document("reload", found.file, "--version", str(before["version"]))
+        assert read_cluster(found.file).versions == {"vector_idx": before["version"]}
+        [rolled] = document("rollback", fresh, "--cluster-file", found.file)["servers"]
+        assert rolled["version"] > before["version"]
+        assert read_cluster(found.file).versions == {"vector_idx": None}
+
+
 def test_a_killed_server_is_back_at_its_address(cluster: Serving) -> None:
     def pids() -> list[int | None]:
         with_reply = json.loads(invoke_any("status", cluster.file, "--json"))["servers"]
@@ -303,6 +301,69 @@ def test_options_that_contradict_each_other_are_wrong_usage(words: str, tmp_path
         (["--server-id", "x", *file], "--server-id must be"),
     ):
         assert said in " ".join(invoke("serve", *arguments, expect=2)[1].split())
+
+
+def test_every_flag_becomes_its_option() -> None:
+    what = WhatFlags(payload="a, b", filter_columns="c", columns="d,e,")
+    limits = LimitFlags(
+        threads=3,
+        memory_limit="1GB",
+        max_k=17,
+        max_queries=19,
+        queue=23,
+        filter_timeout=2.5,
+        filter_memory="29MiB",
+        grace=31.0,
+    )
+    safety = SafetyFlags(
+        tls_cert="cert", tls_key="key", tls_client_ca="ca", token_file="token", admin_token_file="admin"
+    )
+    access = TrustedAccess(storage_option=["k=v"], allow_index_uri=["s3://b/x"])
+    assert None not in {**vars(limits), **vars(safety)}.values()  # a new flag has to be added here, too
+    options = _serve_options(what, limits, safety, access)
+    assert options == ServeOptions(
+        payload=("a", "b"),
+        filter_columns=("c",),
+        columns=("d", "e"),
+        threads=3,
+        memory_limit_bytes=10**9,
+        max_k=17,
+        max_queries=19,
+        max_waiting=23,
+        filter_seconds=2.5,
+        filter_bytes=29 * 2**20,
+        grace_seconds=31.0,
+        tls_cert="cert",
+        tls_key="key",
+        tls_client_ca="ca",
+        token_file="token",
+        admin_token_file="admin",
+        storage_options={"k": "v"},
+        allowed_index_uris=("s3://b/x",),
+        log_level=options.log_level,
+    )
+
+
+def test_flags_reach_the_servers(words: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        port, http_port = one.getsockname()[1], two.getsockname()[1]
+    flags = ["--also", f"other={words}:vector_idx", "--threads", "1", "--max-k", "7", "--columns", "id,vector",
+             "--host", "localhost", "--port", str(port), "--http-port", str(http_port), "--refresh", "7.5"]  # fmt: skip
+    with serving(words, "--index", "vector_idx", "--cluster-file", str(tmp_path / "c.json"), *flags) as found:
+        cluster = read_cluster(found.file)
+        [entry] = cluster.servers
+        assert (entry.host, entry.port, entry.http_port) == ("localhost", port, http_port)
+        assert cluster.refresh_seconds == 7.5
+        assert _ready(http_port)
+        with lance_dfaiss.connect(found.file, index="other") as client:
+            assert client.status()[0]["threads"] == 1
+            assert client.knn(vectors()[:1], 7)[1].shape == (1, 7)
+            with pytest.raises(InvalidArgument, match="k"):
+                client.knn(vectors()[:1], 8)
+            with pytest.raises(AccessDenied, match="'word'"):
+                client.search(vectors()[0], 1, columns=["word"])
+        out, _ = invoke("query", found.file, "--index", "vector_idx", "--like-row", "3", "-k", "1")
+        assert "word" not in out.splitlines()[0]
 
 
 def test_the_id_of_a_server_comes_from_the_name_of_its_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

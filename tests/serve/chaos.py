@@ -34,9 +34,9 @@ from lance_dfaiss.serve.client import Client
 from lance_dfaiss.serve.cluster import ServedIndex, plan_cluster, write_cluster
 from tests.serve.certificates import make_certificates
 from tests.serve.hosts import Hosts
-from tests.serve.inprocess import until
 from tests.serve.rawclient import RawClient
 from tests.support import Exact, fixed_size, gaussian, live_table, make_dataset
+from tests.waiting import until
 
 __all__ = [
     "LISTS",

@@ -11,8 +11,7 @@ import functools
 import itertools
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from lance_dfaiss.serve.server import Server, ServerConfig
 from lance_dfaiss.serve.sifter import Sifter
 from lance_dfaiss.types import UInt64Array
 
-__all__ = ["Cluster", "Door", "Running", "Settings", "listening", "running", "until"]
+__all__ = ["Cluster", "Door", "Running", "Settings", "listening", "running"]
 
 _CLUSTERS = itertools.count()
 
@@ -162,16 +161,6 @@ def listening() -> socket.socket:
     sock = socket.create_server(("127.0.0.1", 0))
     sock.setblocking(False)
     return sock
-
-
-def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
-    """Wait until a condition holds, and return what it said; fail after some seconds."""
-    end = time.monotonic() + seconds
-    pause = threading.Event()
-    while not (value := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        pause.wait(0.002)
-    return value
 
 
 @dataclass

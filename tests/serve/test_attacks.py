@@ -29,9 +29,10 @@ from lance_dfaiss.serve.holdings import HoldingOptions, Holdings
 from lance_dfaiss.serve.reading import row_bytes
 from lance_dfaiss.serve.sql import check_filter
 from lance_dfaiss.types import Float32Array, UInt64Array
-from tests.serve.inprocess import Running, Settings, running, until
+from tests.serve.inprocess import Running, Settings, running
 from tests.serve.rawclient import RawClient
 from tests.support import clustered, make_dataset
+from tests.waiting import until
 
 DIM, ROWS = 16, 2_000
 TEXT = "x" * 1_000

@@ -35,8 +35,8 @@ from lance_dfaiss.serve.client import Client
 from lance_dfaiss.serve.security import client_tls
 from tests.serve.certificates import make_certificates
 from tests.serve.chaos import LISTS, NAME, K, Load, Place, Truth
-from tests.serve.inprocess import until
 from tests.serve.rawclient import RawClient
+from tests.waiting import until
 
 TOKEN = "a token that is long enough"
 

@@ -38,8 +38,8 @@ from tests.serve.chaos import (
     swap_under_load,
 )
 from tests.serve.hosts import Hosts, Relay, lacking
-from tests.serve.inprocess import until
 from tests.serve.rawclient import RawClient
+from tests.waiting import until
 
 NO_HOSTS = lacking()
 

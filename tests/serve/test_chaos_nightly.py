@@ -24,7 +24,7 @@ from tests.serve.chaos import (
     swap_under_load,
 )
 from tests.serve.hosts import Hosts, lacking
-from tests.serve.inprocess import until
+from tests.waiting import until
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 NO_HOSTS = lacking()

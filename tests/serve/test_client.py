@@ -36,6 +36,7 @@ from lance_dfaiss.errors import (
     SnapshotGone,
     Unavailable,
 )
+from lance_dfaiss.launch.control import Caller, status_of
 from lance_dfaiss.serve import client, fleet, questions, wire
 from lance_dfaiss.serve.client import Answer, AsyncClient, connect, connect_async
 from lance_dfaiss.serve.cluster import ClusterFile, ServedIndex, ServerEntry, read_cluster, write_cluster
@@ -794,6 +795,25 @@ def test_admin_and_status() -> None:
     run(work())
 
 
+def test_what_all_servers_are_told_waits_for_those_not_met_yet() -> None:
+    # A search needs one server of each group, and that is all that `connect` waits for.
+    async def work() -> None:
+        async with ScriptedCluster(1, 2) as cluster:
+            first, late = cluster.servers
+            late.frozen = True
+            async with await connect_async(cluster.file()) as asked:
+                told = asyncio.ensure_future(asked.reload(version=3))
+                await first.until(lambda: wire.Reload(version=3, hold=True) in first.requests)
+                await late.until(lambda: bool(late.requests))
+                late.frozen = False
+                for connection in list(late.accepted):
+                    connection.data_received(b"")
+                assert set(await told) == {0, 1}
+                assert nothing_left(asked)
+
+    run(work())
+
+
 def test_closing_fails_what_waits() -> None:
     async def work() -> None:
         async with ScriptedCluster(1, 2) as cluster:
@@ -869,6 +889,9 @@ def test_a_token_does_not_travel_in_the_clear(certificates: Certificates) -> Non
     )
     with pytest.raises(AccessDenied, match="unencrypted"):
         connect(file, token="secret")
+    told = status_of(file, Caller(token="secret"))[0]
+    assert isinstance(told, AccessDenied)
+    assert "unencrypted" in told.message
     with pytest.raises(InvalidArgument, match="no certificates"):
         connect(file, tls=certificates.ca.key)
 

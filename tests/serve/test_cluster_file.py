@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +25,8 @@ from lance_dfaiss.serve.cluster import (
     ClusterFile,
     ServedIndex,
     ServerEntry,
+    existing_cluster,
+    note_versions,
     plan_cluster,
     read_cluster,
     write_cluster,
@@ -369,6 +373,53 @@ def test_a_stale_copy_does_not_replace_a_newer_layout(remote: bool, tmp_path: Pa
     with pytest.raises(ClusterFileInvalid, match="expected epoch 1 there, found epoch 2"):
         write_cluster(location, first.without_server(1), expected_epoch=1)
     assert [server.id for server in read_cluster(location).servers] == [1, 2, 3]
+
+
+def test_there_may_be_no_file_yet_but_not_another_one(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.json"
+    assert existing_cluster(path) is None
+    write_cluster(path, planned())
+    assert existing_cluster(path) == planned()
+    path.write_text("")
+    for other in (path, tmp_path):
+        with pytest.raises(ClusterFileInvalid):
+            existing_cluster(other)
+
+
+def test_versions_that_are_noted_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
+    path, names, rounds = tmp_path / "cluster.json", "abc", 20
+    indexes = [replace(INDEX, name=name) for name in names]
+    write_cluster(path, plan_cluster(indexes, [("127.0.0.1", 4000, None)]))
+    together, found = threading.Barrier(len(names)), []
+
+    def note(name: str) -> None:
+        for version in range(1, rounds + 1):
+            together.wait(60)
+            note_versions(path, {name: version, "unknown": 1})
+            if together.wait(60) == 0:
+                found.append(read_cluster(path).versions)
+
+    threads = [threading.Thread(target=note, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [dict.fromkeys(names, version) for version in range(1, rounds + 1)]
+    note_versions(path, {"a": None})
+    assert read_cluster(path).versions == {"a": None, "b": rounds, "c": rounds}
+    assert os.listdir(tmp_path) == ["cluster.json"]
+
+
+def test_a_folder_that_somebody_keeps_locked_can_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lance_dfaiss.serve.cluster._LOCK_SECONDS", 0.01)
+    write_cluster(tmp_path / "cluster.json", planned())
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        note_versions(tmp_path / "cluster.json", {INDEX.name: 3})
+    finally:
+        os.close(folder)
+    assert read_cluster(tmp_path / "cluster.json").versions == {INDEX.name: 3}
 
 
 def test_readers_meet_the_old_file_or_the_new_one(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lance_dfaiss import errors
-from lance_dfaiss.serve import wire
+from lance_dfaiss.serve import answering, peer, reading, wire
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "frames.md").read_text(encoding="utf-8")
 MESSAGES = wire.Message.__subclasses__()
@@ -126,6 +126,14 @@ def test_limits_are_those_of_the_code() -> None:
     assert f"| {wire.MAX_HEADER_BYTES:,} bytes |" in table
     assert "This page is version 1." in PAGE
     assert wire.PROTOCOL == 1
+    # Sentences that are broken into lines.
+    text = " ".join(PAGE.split())
+    assert f"has to be there {peer.HELLO_SECONDS:g} seconds after" in text
+    assert f"A server that has {peer.MAX_UNSENT_BYTES >> 20} MiB of answers" in text
+    stalled = peer.STALLED_SECONDS
+    assert f"reads nothing of them for {stalled:g} seconds (at most {2 * stalled:g})" in text
+    assert f"more than {answering.MAX_UNSENT_BYTES >> 30} GiB" in text
+    assert f"Columns in one answer are at most {reading.MAX_ANSWER_BYTES >> 20} MiB" in text
 
 
 def test_errors_that_are_named_exist() -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,26 +28,11 @@ from lance_dfaiss.launch.restarts import Life, State
 from lance_dfaiss.launch.sockets import adopted, listen, sockets_from_systemd
 from lance_dfaiss.serve.cluster import ServedIndex, plan_cluster, read_cluster, write_cluster
 from tests.support import clustered, make_dataset
+from tests.waiting import SECONDS, gone, until
 
 ROWS, DIM = 3_000, 16
-SECONDS = 60.0
 VECTORS = clustered(ROWS, DIM, 3)
 POLICY = RestartPolicy()
-
-
-def until(holds: Callable[[], bool]) -> None:
-    """Wait for what happens in another process, where nothing can be waited on."""
-    deadline = time.monotonic() + SECONDS
-    while not holds():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.02)
-
-
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
-        return True
 
 
 # Decisions
@@ -359,6 +344,32 @@ def test_a_server_that_hangs_is_killed_when_the_cluster_stops(served: ServedInde
     cluster.stop()  # again, to no effect
     with pytest.raises(CannotServe, match="started already"):
         cluster.start()
+    # Nobody would look after what these start, nor see it end.
+    file = read_cluster(cluster.cluster_file)
+    for change in (
+        cluster.add_server,
+        cluster.rolling_restart,
+        lambda: cluster.restart(0),
+        lambda: cluster.remove_server(0),
+    ):
+        with pytest.raises(CannotServe, match="was stopped"):
+            change()
+    assert (read_cluster(cluster.cluster_file), cluster.states) == (file, {0: State.STOPPED})
+
+
+def test_servers_are_looked_after_by_a_process_with_many_open_files(served: ServedIndex, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2_048:
+        pytest.skip("this machine does not allow so many")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2_048), hard))
+    try:
+        with ExitStack() as stack:
+            while stack.enter_context(open(os.devnull)).fileno() < 1_100:
+                pass
+            cluster = stack.enter_context(LocalCluster([served], cluster_file=tmp_path / "c.json", http=False))
+            assert cluster.states == {0: State.READY}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_process_that_cannot_be_started_is_tried_again(

@@ -110,6 +110,14 @@ def test_one_more_group_moves_little_but_its_share(data: st.DataObject, groups: 
     assert moved(shards, between_old, after) <= 0.25 / (groups + 1)
 
 
+def test_with_few_shards_one_more_group_can_move_much() -> None:
+    # What the page on coordination warns of.
+    sizes = random.Random(778)
+    shards = shards_of(111, [10**6 + 1_000 * sizes.randint(-50, 50) for _ in range(33)])
+    share = moved(shards, place_shards(shards, [1.0] * 11), place_shards(shards, [1.0] * 12))
+    assert 2.5 / 12 < share < 3 / 12
+
+
 @given(st.data(), st.lists(st.sampled_from([0.5, 1.0, 2.0, 3.0]), min_size=2, max_size=8))
 def test_bytes_follow_weights(data: st.DataObject, weights: list[float]) -> None:
     shards = data.draw(similar_shards(groups=len(weights), least_per_group=40))

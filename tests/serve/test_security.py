@@ -16,14 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lance_dfaiss.errors import AccessDenied, CannotServe, InvalidArgument
+from lance_dfaiss.errors import CannotServe, InvalidArgument
 from lance_dfaiss.serve import security, wire
 from lance_dfaiss.serve.security import (
     MAX_TOKEN_BYTES,
     Access,
     Rights,
     check_listen,
-    checked_columns,
     client_tls,
     load_token,
     server_tls,
@@ -247,35 +246,6 @@ def test_names_are_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names_that_are_none(host: str) -> None:
     with pytest.raises(CannotServe, match="cannot resolve"):
         check_listen(host, TOKEN, None)
-
-
-# ---- columns
-
-
-@pytest.mark.parametrize(
-    ("requested", "allowed", "found"),
-    [
-        (None, ("a", "b"), ["a", "b"]),
-        (None, (), []),
-        ((), ("a",), []),
-        (("b", "a", "b"), ("a", "b"), ["b", "a"]),
-        (("a.x", "a.x.y"), ("a",), ["a.x", "a.x.y"]),
-        (("a.x.y",), ("a.x",), ["a.x.y"]),
-    ],
-)
-def test_columns_that_are_allowed(
-    requested: tuple[str, ...] | None, allowed: tuple[str, ...], found: list[str]
-) -> None:
-    assert checked_columns(requested, allowed) == found
-
-
-@pytest.mark.parametrize(
-    ("name", "allowed"),
-    [("b", ("a",)), ("a", ()), ("", ("a",)), ("ab", ("a",)), ("a", ("a.x",)), ("A", ("a",)), (".a", ("a",))],
-)
-def test_columns_that_are_not(name: str, allowed: tuple[str, ...]) -> None:
-    with pytest.raises(AccessDenied, match="is not served"):
-        checked_columns([*allowed, name], allowed)
 
 
 # ---- TLS files

@@ -44,9 +44,10 @@ from lance_dfaiss.serve.holdings import HoldingOptions
 from lance_dfaiss.serve.reading import MAX_FETCH_ROWS
 from lance_dfaiss.serve.security import Access
 from lance_dfaiss.serve.status import IndexStatus, ServerStatus, SnapshotStatus, SwapStatus, TrafficSummary
-from tests.serve.inprocess import Cluster, Door, Running, Settings, running, until
+from tests.serve.inprocess import Cluster, Door, Running, Settings, running
 from tests.serve.rawclient import RawClient
 from tests.support import clustered, fixed_size, make_dataset, same_rows
+from tests.waiting import until
 
 DIM, ROWS, K = 16, 1_000, 10
 LIMITS = wire.Limits(frame_bytes=2**20, k=500, queries=200, pending=30)

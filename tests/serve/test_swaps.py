@@ -19,13 +19,16 @@ import pyarrow as pa
 import pytest
 
 import lance_dfaiss
+from lance_dfaiss.errors import StorageError
+from lance_dfaiss.launch import control
 from lance_dfaiss.machine import resident_bytes
 from lance_dfaiss.serve import wire
-from lance_dfaiss.serve.cluster import ServedIndex, read_cluster, write_cluster
+from lance_dfaiss.serve.cluster import ServedIndex, note_versions, read_cluster, write_cluster
 from lance_dfaiss.serve.holdings import MAX_SNAPSHOTS, HoldingOptions, Shelf
-from tests.serve.inprocess import Cluster, Running, Settings, running, until
+from tests.serve.inprocess import Cluster, Running, Settings, running
 from tests.serve.rawclient import RawClient
 from tests.support import Exact, assert_exact, clustered, fixed_size, make_dataset
+from tests.waiting import until
 
 DIM, ROWS, REFRESH = 8, 500, 0.1
 
@@ -404,6 +407,75 @@ def test_a_version_that_is_held(tmp_path: Path) -> None:
             assert _version(server) == world.dataset.version
             world.append()
             _followed(cluster, world)  # the other server too, as the cluster file says so
+
+
+def test_a_version_that_is_held_though_it_cannot_be_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The cluster file says what it said before, and that is no order to follow the dataset again.
+    world = World(tmp_path)
+    world.append()
+    with running(tmp_path, world.served, refresh_seconds=REFRESH, settings=_settings()) as cluster:
+        (server,) = cluster.servers
+        _followed(cluster, world)
+        held, looks, holdings = world.dataset.version - 1, 0, server.server.holdings
+        follow = holdings.follow
+
+        def look(moment: float | None = None) -> None:
+            nonlocal looks
+            follow(moment)
+            looks += 1
+
+        def refused(*_: Any) -> None:
+            raise StorageError("this place cannot be written to")
+
+        monkeypatch.setattr(holdings, "follow", look)
+        monkeypatch.setattr("lance_dfaiss.serve.server.note_versions", refused)
+        with RawClient(server.address) as admin:
+            admin.ask(wire.Reload(index="i", version=held, hold=True), expected=wire.Done)
+            before = looks
+            until(lambda: looks >= before + 3)
+            assert _version(server) == held
+            note_versions(cluster.location, {"i": held + 1})  # now it says something else
+            until(lambda: _version(server) == held + 1)
+            note_versions(cluster.location, {"i": None})
+            world.append()
+            _followed(cluster, world)
+
+
+def test_the_cluster_file_is_followed_between_two_looks_for_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lance_dfaiss.serve.server.WATCH_SECONDS", REFRESH)
+    monkeypatch.setattr("lance_dfaiss.serve.server.RETIRE_SECONDS", REFRESH)
+    world = World(tmp_path)
+    first = world.dataset.version
+    world.append()
+    with running(tmp_path, world.served, servers=2, refresh_seconds=1e6, settings=_settings()) as cluster:
+        stays, leaves = cluster.servers
+        note_versions(cluster.location, {"i": first + 1})
+        until(lambda: {_version(server) for server in cluster.servers} == {first + 1})
+        note_versions(cluster.location, {"i": first})
+        until(lambda: {_version(server) for server in cluster.servers} == {first})
+        write_cluster(cluster.location, read_cluster(cluster.location).without_server(1))
+        until(lambda: stays.server.holdings.cluster.epoch == 2 and stays.server.ready)
+        until(lambda: leaves.ended)
+
+
+def test_two_indexes_that_are_moved_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Loading may take minutes: where the other one went meanwhile stays in the file.
+    world = World(tmp_path)
+    served = [replace(world.served[0], name=name) for name in "ab"]
+    move = control._move_index
+
+    async def move_while_another_is_moved(*args: Any) -> Any:
+        moves = await move(*args)
+        note_versions(location, {"b": 1})
+        return moves
+
+    monkeypatch.setattr(control, "_move_index", move_while_another_is_moved)
+    with running(tmp_path, served, settings=_settings()) as cluster:
+        location = cluster.location
+        control.move_servers(location, control.Caller(), index="a", version=None, hold=False)
+        assert read_cluster(location).versions == {"a": world.dataset.version, "b": 1}
 
 
 def test_a_step_back_of_an_index_that_lies_elsewhere(tmp_path: Path) -> None:

@@ -392,9 +392,9 @@ def test_texts_that_are_no_utf_8_or_endless_can_be_sent() -> None:
     ],
 )
 def test_facts_of_another_type_make_it_a_server_failed(facts: dict[str, Any]) -> None:
-    back = wire.error_of(wire.Failure(error="Overloaded", message="m", facts=facts), server=5)
+    back = wire.error_of(wire.Failure(error="Overloaded", message="m", facts=facts))
     assert type(back) is ServerFailed
-    assert (back.message, back.server) == ("Overloaded: m", 5)
+    assert (back.message, back.server) == ("Overloaded: m", -1)
 
 
 def test_facts_of_a_newer_server_are_left_out() -> None:
@@ -406,9 +406,9 @@ def test_facts_of_a_newer_server_are_left_out() -> None:
 
 @pytest.mark.parametrize("name", ["", "Exception", "SystemExit", "inspect", "_rebuild", "__all__", "annotations", "é"])
 def test_only_errors_of_this_package_are_raised(name: str) -> None:
-    back = wire.error_of(wire.Failure(error=name, message="m"), server=2)
+    back = wire.error_of(wire.Failure(error=name, message="m"))
     assert type(back) is ServerFailed
-    assert back.server == 2
+    assert back.server == -1
 
 
 # ---- damage
