@@ -468,7 +468,8 @@ def damage_is_only_refused(seed: int, count: int) -> None:
     for _ in range(count // 2_000):
         good, bad = read_damaged(rng, 2_000)
         understood, refusals = understood + good, refusals + bad
-        assert resident_mib() - before < 4
+        # What other tests left in this process may move by some MiB; a frame that stays takes 340 bytes to show.
+        assert resident_mib() - before < 16
     # Neither all nor nothing: the damage reaches every depth.
     assert refusals > count / 8
     assert understood > count / 8
