@@ -121,7 +121,8 @@ def _check_knn(client: Client, index: Index, case: Case, queries: Any, truth: Ex
                 _check_same(found, expected)
             elif case.kind != "IVF_RQ":  # its distances are rounded by all lists that a query looks into
                 _check_no_worse(found, expected)
-    for some in (queries[:1], queries):
+    # Without the first: it is one of 17 rows that are alike, and which of them are cut off is open.
+    for some in (queries[1:2], queries[1:]):
         mine, theirs = truth.recall(some, client.knn(some, 10)[1]), truth.recall(some, index.knn(some, 10)[1])
         assert mine >= theirs - 0.005
 
