@@ -85,7 +85,7 @@ def find_rewrites(
     known = history.fragment_ids(since)
     if known is not None:
         waiting = {fragment_id: entry for fragment_id, entry in waiting.items() if fragment_id in known}
-    found: list[Rewrite] = []
+    found: list[tuple[int, Rewrite]] = []
     unknown: set[int] = set()
     # The earliest first, so that a compaction of several waiting fragments is met once.
     queue = sorted((low, fragment_id) for fragment_id, (low, _) in waiting.items())
@@ -109,7 +109,7 @@ def find_rewrites(
             if rewrite is None:
                 unknown |= ours
                 continue
-            found.append(rewrite)
+            found.append((version or 0, rewrite))
             for state in rewrite.new:
                 # One that is there with another signature was written anew in place: its rows went nowhere.
                 if state.fragment_id not in present:
@@ -117,7 +117,8 @@ def find_rewrites(
                     heapq.heappush(queue, (version or 0, state.fragment_id))
         for done in handled:
             waiting.pop(done, None)
-    return found, unknown
+    # Rows only move forward in time, so by version every entry comes after those that its rows come from.
+    return [rewrite for _, rewrite in sorted(found, key=lambda entry: entry[0])], unknown
 
 
 def _gone_together(
@@ -199,6 +200,8 @@ def apply_rewrites(
                 moved.append(_ranked(places.in_fragments([fragment_id]), live, base))
                 gone.append(fragment_id)
             base += live if isinstance(live, int) else len(live)
+        # After a restore ids are dealt again: rows that were in another fragment of the same id are not in this one.
+        gone += [s.fragment_id for s in rewrite.new if known.get(s.fragment_id, s.signature) != s.signature]
         kept = places.select(~np.isin(places.fragment_ids, np.array(gone, dtype=np.int64)))
         places = Places.join([kept, _laid_out(Places.join(moved), rewrite.new)])
         for state in rewrite.new:

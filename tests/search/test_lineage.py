@@ -211,6 +211,14 @@ def test_no_row_is_placed_wrongly_whatever_happened(seed: int, steps: int, data:
     _check(world, since)
 
 
+def test_an_id_that_is_dealt_again_after_a_restore_is_another_fragment() -> None:
+    # Fragments 0 and 1 were compacted into 5 and 6, the version before was restored, and compacted into another 6.
+    # With the version between gone, both compactions are found: the second one by way of fragment 2.
+    world = _grown(310_361, 7, restores=True)
+    world.removed = {5}
+    _check(world, 1)
+
+
 def test_few_versions_are_looked_at() -> None:
     world, rng = World(), random.Random(1)
     world.append(rng)
