@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -389,9 +389,7 @@ def _serve_all(indexes: list[ServedIndex], layout: ClusterFlags, options: ServeO
             http=not layout.no_http,
             refresh_seconds=10.0 if layout.refresh is None else layout.refresh,
         )
-    signals = _Signals(cluster)
-    signals.take()
-    with cluster:
+    with _Signals(cluster) as signals, cluster:
         signals.serving = True
         output(as_json=as_json).show(_started(cluster))
         sys.stdout.flush()
@@ -416,12 +414,16 @@ class _Signals:
         self.serving = False
         self.stop = False
         self._cluster = cluster
+        self._before: dict[signal.Signals, Any] = {}
 
-    def take(self) -> None:
-        """Be told from now on."""
-        signal.signal(signal.SIGTERM, self._stop)
-        signal.signal(signal.SIGINT, self._stop)
-        signal.signal(signal.SIGHUP, self._look)
+    def __enter__(self) -> _Signals:
+        told = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGHUP: self._look}
+        self._before = {number: signal.signal(number, handler) for number, handler in told.items()}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - as Python calls it
         if self.stop:

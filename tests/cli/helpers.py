@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from typer.testing import CliRunner
 from lance_dfaiss.cli import app
 
 ROWS, DIM = 600, 8
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # As a pipe in a bare environment: nothing that makes rich believe in a terminal, nothing of the developer's own.
 ENVIRONMENT = {
@@ -44,7 +47,9 @@ def write(folder: Path, *, rows: int = ROWS, dim: int = DIM, fragments: int = 3)
 
 def invoke(*arguments: str, expect: int = 0) -> tuple[str, str]:
     """Run a command in this process; return what it wrote to stdout and to stderr."""
+    handlers = [signal.getsignal(number) for number in _SIGNALS]
     result = CliRunner().invoke(app, list(arguments), prog_name="lance-dfaiss")
+    assert [signal.getsignal(number) for number in _SIGNALS] == handlers  # whoever runs a command keeps its own
     assert result.exit_code == expect, (result.stdout, result.stderr, result.exception)
     return result.stdout, result.stderr
 
