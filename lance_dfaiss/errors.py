@@ -16,6 +16,9 @@
     ├── BudgetExceeded (MemoryError)            cannot be done within ``memory_budget_bytes``
     ├── RecallTooLow (RuntimeError)             measured recall is under ``min_recall``
     ├── TaskFailed (RuntimeError)               a build task failed: fragments, worker, cause, traceback
+    ├── ExtraMissing (ImportError)              an optional package is not installed; says which extra brings it
+    ├── ClusterUnreachable (ConnectionError)    no Ray cluster at the address, or none with room for a worker
+    ├── WorkerMismatch (RuntimeError)           a worker lacks a package, or has another version than this process
     ├── IndexExists (FileExistsError)           the name is taken and ``replace`` is False
     ├── IndexNotFound (LookupError)             no index of that name; names those that exist
     ├── NoPreviousGeneration (LookupError)      there is nothing to roll back to
@@ -36,7 +39,8 @@
     ├── ClusterFileInvalid (ValueError)         a cluster file that is not one; lists every problem
     ├── StorageError (OSError)                  reading or writing index files failed
     │   ├── ReadOnlyStorage (PermissionError)   the place for index files cannot be written
-    │   └── StorageFull                         no space left, or over a size limit
+    │   ├── StorageFull                         no space left, or over a size limit
+    │   └── UnsafeStorage                       the store ignores conditional writes: commits would be lost
     └── CorruptIndex (OSError)                  what is stored is not what was committed
         ├── MissingFile (FileNotFoundError)     a file of the index is gone
         ├── DigestMismatch                      length or digest differs: truncated, flipped, swapped
@@ -61,6 +65,7 @@ __all__ = [
     "CannotServe",
     "ClientUnusable",
     "ClusterFileInvalid",
+    "ClusterUnreachable",
     "CommitConflict",
     "CorruptIndex",
     "CoverOverlap",
@@ -68,6 +73,7 @@ __all__ = [
     "DeadlineExceeded",
     "DfaissError",
     "DigestMismatch",
+    "ExtraMissing",
     "FilterRefused",
     "FilterTooCostly",
     "IndexExists",
@@ -95,9 +101,11 @@ __all__ = [
     "TaskFailed",
     "Unavailable",
     "UnknownColumn",
+    "UnsafeStorage",
     "UnsupportedColumn",
     "UnsupportedFormat",
     "UntrustedLocation",
+    "WorkerMismatch",
 ]
 
 
@@ -214,6 +222,26 @@ class TaskFailed(DfaissError, RuntimeError):
     fragments: tuple[int, ...]
     worker: str
     worker_traceback: str
+
+
+class ExtraMissing(DfaissError, ImportError):
+    """An optional package that this needs is not installed."""
+
+    extra: str
+
+
+class ClusterUnreachable(DfaissError, ConnectionError):
+    """There is no Ray cluster at the address, it does not answer, or no node of it has room for a worker."""
+
+    address: str
+
+
+class WorkerMismatch(DfaissError, RuntimeError):
+    """A worker lacks a package, or has another version of one than the process that sends it work."""
+
+    node: str
+    expected: tuple[str, ...]
+    found: tuple[str, ...]
 
 
 class IndexExists(DfaissError, FileExistsError):
@@ -338,6 +366,10 @@ class ReadOnlyStorage(StorageError, PermissionError):
 
 class StorageFull(StorageError):
     """The place where the index is written has no room for it."""
+
+
+class UnsafeStorage(StorageError):
+    """The store lets two writers create the same object, so that Lance itself would lose commits there."""
 
 
 class CorruptIndex(DfaissError, OSError):

@@ -26,7 +26,7 @@ from .errors import (
 )
 from .lance_io import PinnedDataset
 from .manifest import Pointer
-from .storage import Store, open_store
+from .storage import FsspecStore, Store, open_store
 from .types import POINTER_PREFIX
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "never_current",
     "pointer_files",
     "publish",
+    "store_at",
     "stored_pointers",
 ]
 
@@ -131,7 +132,7 @@ def stored_pointers(pinned: PinnedDataset, index_uri: str | None = None) -> dict
             name = key.removeprefix(POINTER_PREFIX)
             found[name] = StoredPointer(name=name, text=text, origin="metadata")
     if index_uri is not None:
-        store = open_store(absolute_location(index_uri))
+        store = store_at(pinned, index_uri)
         base = _base(pinned)
         for folder in {file.name.rpartition("/")[0] for file in store.list(base)}:
             name = _decoded(folder, base)
@@ -205,7 +206,12 @@ def generation_store(pinned: PinnedDataset, pointer: Pointer, allowed: Sequence[
     if pointer.where == IN_DATASET:
         return pinned.session_store()
     check_allowed(pointer.where, allowed, remedy=f"If you trust it, pass allowed_index_uris=[{pointer.where!r}]")
-    return open_store(absolute_location(pointer.where))
+    return store_at(pinned, pointer.where)
+
+
+def store_at(pinned: PinnedDataset, index_uri: str) -> Store:
+    """Return the store of a place outside of a dataset, reached with the settings that go with the dataset."""
+    return open_store(absolute_location(index_uri), pinned.options_for(index_uri))
 
 
 def publish(
@@ -245,6 +251,8 @@ def publish(
         If somebody else's generation is current by now.
     ReadOnlyStorage
         If the dataset cannot be written and there is no ``index_uri``.
+    UnsafeStorage
+        If the store of the pointer does not notice that two write it at once.
     """
     text = None if pointer is None else pointer.to_text()
     ours = "(drop)" if pointer is None else pointer.generation
@@ -253,7 +261,7 @@ def publish(
     if index_uri is None:
         pinned.commit_pointer(name, expected, text, ours=ours)
         return _written(name, text, "metadata")
-    store = open_store(absolute_location(index_uri))
+    store = store_at(pinned, index_uri)
     folder = f"{_base(pinned)}/{_encoded(name)}"
     number, found = _latest_file(store, folder)
     if in_metadata and number == 0:
@@ -265,6 +273,8 @@ def publish(
             expected = None  # of the file: there is none
     if found != expected:
         raise _lost(name, ours, found)
+    if isinstance(store, FsspecStore):
+        store.check_conditional_writes()
     try:
         store.write(f"{folder}/{number + 1:08d}.json", (text or "").encode())
     except StorageError as exc:
@@ -324,7 +334,7 @@ def pointer_files(pinned: PinnedDataset, index_uri: str) -> dict[str, list[str |
     dict of list of str or None
         Texts, the newest last; None where the index was dropped.
     """
-    store = open_store(absolute_location(index_uri))
+    store = store_at(pinned, index_uri)
     base = _base(pinned)
     found: dict[str, list[str | None]] = {}
     for file in store.list(base):

@@ -13,6 +13,7 @@ __all__ = [
     "COARSE",
     "DEFAULT_SEED",
     "DISTANCE_COLUMN",
+    "EXECUTORS",
     "FORMAT_VERSION",
     "INDEX_TYPES",
     "METRICS",
@@ -23,6 +24,7 @@ __all__ = [
     "ROW_ID_COLUMN",
     "SIDECAR",
     "Coarse",
+    "Executor",
     "Float32Array",
     "IndexType",
     "Int64Array",
@@ -43,6 +45,7 @@ IndexType: TypeAlias = Literal[
 Refine: TypeAlias = Literal["sq8", "fp16", "flat"]
 Coarse: TypeAlias = Literal["flat", "hnsw"]
 OnInvalid: TypeAlias = Literal["skip", "error"]
+Executor: TypeAlias = Literal["auto", "local", "ray"]
 
 METRICS: Final[tuple[Metric, ...]] = ("l2", "cosine", "dot")
 INDEX_TYPES: Final[tuple[IndexType, ...]] = (
@@ -57,6 +60,7 @@ INDEX_TYPES: Final[tuple[IndexType, ...]] = (
 )
 REFINES: Final[tuple[Refine, ...]] = ("sq8", "fp16", "flat")
 COARSE: Final[tuple[Coarse, ...]] = ("flat", "hnsw")
+EXECUTORS: Final[tuple[Executor, ...]] = ("auto", "local", "ray")
 
 FORMAT_VERSION: Final = 1
 """Version of every document this release writes, and the newest it reads."""

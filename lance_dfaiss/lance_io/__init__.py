@@ -7,8 +7,10 @@ from .columns import ColumnsInMemory
 from .fields import VectorColumn
 from .grid import newest_before
 from .history import DatasetHistory
+from .namespaces import Namespace, has_foreign_client
+from .opening import open_dataset
 from .payload import Payload
-from .pinned import PinnedDataset, VersionMetadata, move_to_latest, open_dataset
+from .pinned import PinnedDataset, VersionMetadata, move_to_latest
 from .place import DatasetPlace, PlaceOpener
 
 __all__ = [
@@ -17,12 +19,14 @@ __all__ = [
     "DatasetHistory",
     "DatasetPlace",
     "LanceDataset",
+    "Namespace",
     "Payload",
     "PinnedDataset",
     "PlaceOpener",
     "Sample",
     "VectorColumn",
     "VersionMetadata",
+    "has_foreign_client",
     "move_to_latest",
     "newest_before",
     "open_dataset",

@@ -19,7 +19,7 @@ from .fields import (
     VectorColumn,
 )
 
-__all__ = ["Block", "Sample", "decode_batch", "only_rows", "sample_rows"]
+__all__ = ["Block", "Sample", "SampleBlocks", "decode_batch", "only_rows"]
 
 # A sample block is about one object-store request's worth of neighbouring rows.
 _SAMPLE_BLOCK_BYTES = 64 * 1024
@@ -133,13 +133,57 @@ def only_rows(block: Block, offsets: Int64Array) -> Iterator[Block]:
     )
 
 
-def sample_rows(total: int, rows: int, row_bytes: int, seed: int) -> Int64Array:
-    """Return sorted live row numbers: whole random blocks, or everything."""
-    if rows >= total:
-        return np.arange(total, dtype=np.int64)
-    block = min(max(_SAMPLE_BLOCK_BYTES // max(row_bytes, 1), _MIN_SAMPLE_ROWS), _MAX_SAMPLE_ROWS, max(rows // 16, 1))
-    blocks = -(-total // block)
-    wanted = min(-(-rows // block), blocks)
-    chosen = np.sort(np.random.default_rng(seed).choice(blocks, size=wanted, replace=False))
-    numbers = (chosen[:, None] * block + np.arange(block)).ravel()
-    return cast("Int64Array", numbers[numbers < total][:rows].astype(np.int64))
+@dataclass(frozen=True, slots=True, eq=False)
+class SampleBlocks:
+    """Which rows make a sample: whole blocks of neighbours, drawn at random, in order of place.
+
+    Parameters
+    ----------
+    total : int
+        Live rows of the dataset.
+    rows : int
+        Rows of the sample, at most.
+    block_rows : int
+        Rows of a block; the dataset's last one may have fewer.
+    blocks : numpy.ndarray
+        int64 ``(n,)`` numbers of the blocks, increasing.
+    """
+
+    total: int
+    rows: int
+    block_rows: int
+    blocks: Int64Array
+
+    @classmethod
+    def draw(cls, total: int, rows: int, row_bytes: int, seed: int) -> SampleBlocks:
+        """Draw a sample.
+
+        Parameters
+        ----------
+        total : int
+            Live rows of the dataset.
+        rows : int
+            Rows to draw; all of them when there are no more.
+        row_bytes : int
+            Stored bytes of a row.
+        seed : int
+            Decides the blocks.
+        """
+        fitting = _SAMPLE_BLOCK_BYTES // max(row_bytes, 1)
+        block = min(max(fitting, _MIN_SAMPLE_ROWS), _MAX_SAMPLE_ROWS, max(rows // 16, 1))
+        count = -(-total // block)
+        if rows >= total:
+            return cls(total, total, block, np.arange(count, dtype=np.int64))
+        chosen = np.random.default_rng(seed).choice(count, size=min(-(-rows // block), count), replace=False)
+        return cls(total, rows, block, np.sort(chosen))
+
+    def share(self, index: int, count: int) -> Int64Array:
+        """Return the row numbers of one of ``count`` shares, equal but for a block, int64, increasing.
+
+        The shares, one after the other, are the sample.
+        """
+        start, stop = (len(self.blocks) * border // count for border in (index, index + 1))
+        numbers = (self.blocks[start:stop, None] * self.block_rows + np.arange(self.block_rows)).ravel()
+        # Only the dataset's last block is short, and it is the sample's last one too.
+        left = max(self.rows - start * self.block_rows, 0)
+        return cast("Int64Array", numbers[numbers < self.total][:left].astype(np.int64))

@@ -6,18 +6,18 @@ samples come in blocks of neighbouring rows, never as scattered single ones.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, cast
+from urllib.parse import urlsplit
 
-import lance
 import numpy as np
 import pyarrow as pa
 from lance import LanceDataset
 from lance.dataset import serialize_row_addrs
+from lance.file import LanceFileSession
 
 from ..errors import (
     InsufficientData,
@@ -28,10 +28,10 @@ from ..errors import (
     UnsupportedColumn,
 )
 from ..plan import FragmentState
-from ..storage import FolderSession, LocalStore, SessionStore, Store
+from ..storage import FolderSession, LocalStore, SessionStore, Store, check_conditional_writes, failure_kind
 from ..types import POINTER_PREFIX, ROW_ID_COLUMN, SIDECAR, Int64Array, Metric, UInt64Array
 from ..vectors import decode_vectors, vector_type
-from .blocks import Block, Sample, decode_batch, only_rows, sample_rows
+from .blocks import Block, Sample, SampleBlocks, decode_batch, only_rows
 from .failures import REFUSED, LancePanic, first_line, lance_errors, panics_told, pointer_conflict
 from .fields import (
     ADDRESS_COLUMN,
@@ -48,9 +48,10 @@ from .fields import (
     without_views,
 )
 from .filters import matching_rows
+from .namespaces import client_of, table_of
 from .roots import local_path, main_root
 
-__all__ = ["PinnedDataset", "VersionMetadata", "move_to_latest", "open_dataset"]
+__all__ = ["PinnedDataset", "VersionMetadata", "move_to_latest"]
 
 # Scanner batches: smaller ones cost throughput, larger ones memory (measured with pylance 14).
 _MIN_BATCH_ROWS, _MAX_BATCH_ROWS = 1_024, 4_096
@@ -98,41 +99,6 @@ class VersionMetadata:
     newest: bool
 
 
-def open_dataset(
-    dataset: str | os.PathLike[str] | LanceDataset,
-    *,
-    storage_options: Mapping[str, str] | None = None,
-    block_size: int | None = None,
-) -> LanceDataset:
-    """Return a dataset given as itself, or by path or URI.
-
-    Raises
-    ------
-    InvalidArgument
-        If there is no dataset there, or the argument is neither.
-    """
-    if isinstance(dataset, LanceDataset):
-        return dataset
-    if not isinstance(dataset, (str, os.PathLike)):
-        raise InvalidArgument(
-            f"dataset must be a LanceDataset, a path or a URI, not {type(dataset).__name__}",
-            parameter="dataset",
-            value=type(dataset).__name__,
-        )
-    uri = os.fspath(dataset)
-    try:
-        return lance.dataset(
-            uri, storage_options=None if storage_options is None else dict(storage_options), block_size=block_size
-        )
-    except ValueError as exc:
-        raise InvalidArgument(
-            f"cannot open a Lance dataset at {uri!r}: {first_line(exc)}",
-            remedy="Check the path, and storage_options for an object store",
-            parameter="dataset",
-            value=uri,
-        ) from exc
-
-
 def move_to_latest(dataset: LanceDataset) -> None:
     """Move a handle to the newest version of its branch, in place."""
     cast("Any", dataset).checkout_latest()
@@ -145,9 +111,12 @@ class PinnedDataset:
     ----------
     dataset : lance.LanceDataset
         Handle; copied, so that the caller's may move on.
+    storage_options : mapping, optional
+        What the caller gave beside it, for places of indexes outside of the dataset.
     """
 
-    def __init__(self, dataset: LanceDataset) -> None:
+    def __init__(self, dataset: LanceDataset, storage_options: Mapping[str, str] | None = None) -> None:
+        self._given_options = storage_options
         self._dataset = dataset.checkout_version(dataset.version)
         # The caller's defaults (columns, a filter, a limit) are for the caller's scans, not for ours.
         cast("Any", self._dataset)._default_scan_options = None
@@ -187,7 +156,7 @@ class PinnedDataset:
                 parameter="version",
                 value=version,
             )
-        return PinnedDataset(found)
+        return PinnedDataset(found, self._given_options)
 
     def vector_column(self, name: str, *, dim_of_lists: int | None = None) -> VectorColumn:
         """Look up a vector column.
@@ -349,7 +318,13 @@ class PinnedDataset:
         return cast("tuple[UInt64Array, UInt64Array, UInt64Array]", tuple(table[name].to_numpy() for name in names))
 
     def rows(
-        self, column: VectorColumn, fragment_id: int, offsets: Int64Array | None, metric: Metric
+        self,
+        column: VectorColumn,
+        fragment_id: int,
+        offsets: Int64Array | None,
+        metric: Metric,
+        *,
+        part: tuple[int, int] | None = None,
     ) -> Generator[Block, None, None]:
         """Stream some live rows of one fragment, decoded; see `blocks`.
 
@@ -363,12 +338,26 @@ class PinnedDataset:
             int64, physical, increasing; None for every live row.
         metric : str
             Under cosine zero vectors are left out.
+        part : tuple of (int, int), optional
+            First physical offset and number of rows, deleted ones included: no others are read.
         """
-        for block in self.blocks(column, [fragment_id], metric):
+        if part is None:
+            blocks = self.blocks(column, [fragment_id], metric)
+        else:
+            blocks = self._part(column, fragment_id, part, metric)
+        for block in blocks:
             if offsets is None:
                 yield block
             else:
                 yield from only_rows(block, offsets)
+
+    def _part(
+        self, column: VectorColumn, fragment_id: int, part: tuple[int, int], metric: Metric
+    ) -> Generator[Block, None, None]:
+        # Lance counts live rows.
+        start, stop = np.searchsorted(self.live_offsets(fragment_id), [part[0], sum(part)]).tolist()
+        if start < stop:
+            yield from self._scan(column, [fragment_id], metric, offset=start, limit=stop - start)
 
     def blocks(self, column: VectorColumn, fragment_ids: Sequence[int], metric: Metric) -> Generator[Block, None, None]:
         """Stream the rows of some fragments in the given order, decoded.
@@ -392,9 +381,22 @@ class PinnedDataset:
         InvalidVectors
             If rows of a list column differ in length.
         """
+        yield from self._scan(column, fragment_ids, metric)
+
+    def _scan(
+        self,
+        column: VectorColumn,
+        fragment_ids: Sequence[int],
+        metric: Metric,
+        *,
+        offset: int | None = None,
+        limit: int | None = None,
+    ) -> Generator[Block, None, None]:
         rows = _BATCH_BYTES // max(column.stored_row_bytes, 1)
         with lance_errors(self.uri):
             scanner = self._dataset.scanner(
+                offset=offset,
+                limit=limit,
                 columns=[column.name, *([UPDATED_COLUMN] if self.stable_row_ids else [])],
                 fragments=[self._fragment(i) for i in fragment_ids],
                 with_row_address=True,
@@ -410,7 +412,9 @@ class PinnedDataset:
                 for batch in reader:
                     yield from decode_batch(batch, column, metric)
 
-    def sample(self, column: VectorColumn, rows: int, metric: Metric, seed: int) -> Sample:
+    def sample(
+        self, column: VectorColumn, rows: int, metric: Metric, seed: int, *, share: tuple[int, int] = (0, 1)
+    ) -> Sample:
         """Draw usable rows in random blocks of neighbours over all fragments, sorted by place.
 
         Parameters
@@ -423,10 +427,12 @@ class PinnedDataset:
             Under cosine zero vectors are dropped.
         seed : int
             Decides the blocks.
+        share : tuple of int
+            Which one of how many equal shares to read; the shares, one after the other, are the whole sample.
         """
         states = self.fragments(column)
         total = sum(state.live_rows for state in states)
-        chosen = sample_rows(total, rows, column.stored_row_bytes, seed)
+        chosen = SampleBlocks.draw(total, rows, column.stored_row_bytes, seed).share(*share)
         vectors = np.empty((len(chosen), column.dim), dtype=np.float32)
         usable = np.zeros(len(chosen), dtype=bool)
         filled = 0
@@ -487,10 +493,33 @@ class PinnedDataset:
         local = local_path(self.root)
         if local is not None:
             return LocalStore(local / SIDECAR)
-        dataset = self._dataset
-        if self.root != dataset.uri:
-            dataset = lance.dataset(self.root, storage_options=dataset.latest_storage_options())
-        return SessionStore(FolderSession(cast("Any", dataset).new_file_session(), SIDECAR), f"{self.root}/{SIDECAR}")
+        # As the handle itself would make one, but for its base: a branch's handle lies below the root.
+        session = LanceFileSession(
+            base_path=self.root,
+            storage_options=self.storage_options,
+            namespace_client=client_of(self._dataset),
+            table_id=table_of(self._dataset),
+        )
+        return SessionStore(FolderSession(cast("Any", session), SIDECAR), f"{self.root}/{SIDECAR}")
+
+    @property
+    def storage_options(self) -> dict[str, str] | None:
+        """The settings that the dataset is reached with, credentials as they are now; None where it needs none."""
+        options = cast("Any", self._dataset).latest_storage_options()
+        # Lance adds a setting of its own, which means nothing elsewhere.
+        kept = {key: value for key, value in (options or {}).items() if key != "user_agent"}
+        return kept or None
+
+    def options_for(self, url: str) -> Mapping[str, str] | None:
+        """Return the settings for a place of indexes outside of the dataset.
+
+        Those that the caller gave; without any, the dataset's own where it lies on the same kind of store, or on
+        local disk, which needs none. The credentials of one kind of store are not shown to another.
+        """
+        if self._given_options is not None:
+            return self._given_options
+        same = local_path(self.root) is not None or urlsplit(url).scheme == urlsplit(self.root).scheme
+        return self.storage_options if same else None
 
     def commit_pointer(self, name: str, expected: str | None, value: str | None, *, ours: str) -> None:
         """Set or delete the pointer of an index, if it is still what the caller saw.
@@ -512,9 +541,12 @@ class PinnedDataset:
             If the pointer is another one by now.
         ReadOnlyStorage
             If the dataset cannot be written.
+        UnsafeStorage
+            If two commits at once would not notice each other; see `check_commits`.
         StorageError
             If the commit failed otherwise.
         """
+        self.check_commits()
         key = POINTER_PREFIX + name
         for attempt in range(1, _COMMIT_ATTEMPTS + 1):
             # A fresh handle: the compare-and-set needs the transactions since the version it read.
@@ -538,7 +570,8 @@ class PinnedDataset:
                         location=self.uri,
                     ) from exc
                 said = str(exc).lower()
-                if attempt == _COMMIT_ATTEMPTS or not ("conflict" in said or "incompatible transaction" in said):
+                again = "conflict" in said or "incompatible transaction" in said or failure_kind(exc) == "passing"
+                if attempt == _COMMIT_ATTEMPTS or not again:
                     raise StorageError(
                         f"Lance could not commit the index to {self.uri}: {first_line(exc)}",
                         remedy="Run again with resume=True",
@@ -549,7 +582,18 @@ class PinnedDataset:
 
     def latest(self) -> PinnedDataset:
         """Pin the newest version."""
-        return PinnedDataset(self._fresh())
+        return PinnedDataset(self._fresh(), self._given_options)
+
+    def check_commits(self) -> None:
+        """Make sure, once per process, that the dataset lies where a commit can rely on the store.
+
+        Raises
+        ------
+        UnsafeStorage
+            If the store takes no notice of conditional writes.
+        """
+        if local_path(self.root) is None:
+            check_conditional_writes(f"{self.root}/{SIDECAR}", self.storage_options)
 
     def check_writable(self) -> None:
         """Fail early if the dataset itself cannot be committed to.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..machine import usable_cores, usable_memory_bytes
 from ..serve.security import Access, load_token, server_tls
+from ..storage import open_cache
 
 if TYPE_CHECKING:
     from ..serve.cluster import ClusterFile
@@ -51,8 +52,17 @@ class ServeOptions:
         For the datasets and the cluster file.
     allowed_index_uris : sequence of str
         Places outside the datasets that their indexes may lie in.
+    cache_dir : str or None
+        Folder on each machine that keeps the index files which its servers read; None for none.
+    cache_bytes : int or None
+        What all servers of a machine may keep there together; None for 16 GiB.
     log_level : str
         Level from which a server logs, on its stderr.
+
+    Raises
+    ------
+    InvalidArgument
+        If the cache is no folder of this machine, or has a size without one.
     """
 
     threads: int | None = None
@@ -73,7 +83,12 @@ class ServeOptions:
     admin_token_file: str | None = None
     storage_options: Mapping[str, str] | None = field(default=None, repr=False)
     allowed_index_uris: tuple[str, ...] = ()
+    cache_dir: str | None = None
+    cache_bytes: int | None = None
     log_level: str = "warning"
+
+    def __post_init__(self) -> None:
+        open_cache(self.cache_dir, self.cache_bytes)  # refuses what is no cache; servers open it themselves
 
     def shared_by(self, servers: int) -> ServeOptions:
         """Return the same with cores and memory of this machine divided, where they are not set.
@@ -148,6 +163,8 @@ class ServeOptions:
             columns=self.columns,
             storage_options=self.storage_options,
             allowed_index_uris=self.allowed_index_uris,
+            cache_dir=self.cache_dir,
+            cache_bytes=self.cache_bytes,
             **_given(ram_limit_bytes=shared.memory_limit_bytes, grace_seconds=self.grace_seconds),
         )
         limits = Limits(**_given(k=self.max_k, queries=self.max_queries))

@@ -65,12 +65,13 @@ def adopt_index(
         If it took too long, or another writer changed the index at the same time.
     """
     handle = open_dataset(dataset, storage_options=storage_options)
-    newest = PinnedDataset(handle).latest()
+    newest = PinnedDataset(handle, storage_options).latest()
     found = find_pointer(newest, name)
     if found.pointer.where == IN_DATASET and found.pointer.root == newest.root:
         move_to_latest(handle)
         return handle
-    origin = _origin(found, source, allowed_index_uris, storage_options)
+    newest.check_commits()
+    origin = _origin(found, source, allowed_index_uris, newest)
     target = newest.session_store()
     with ExitStack() as stack:
         leases, lengths = _copy(origin, target, found, newest.root, stack)
@@ -99,9 +100,9 @@ def _origin(
     found: FoundPointer,
     source: str | os.PathLike[str] | LanceDataset | None,
     allowed: Sequence[str],
-    storage_options: Mapping[str, str] | None,
+    target: PinnedDataset,
 ) -> Store:
-    """Return the store to copy from."""
+    """Return the store to copy from, reached with the settings that go with the dataset to copy to."""
     pointer = found.pointer
     inside = pointer.where == IN_DATASET
     if source is None:
@@ -109,10 +110,11 @@ def _origin(
         check_allowed(
             source, allowed, remedy=f"If you trust it, pass source={source!r}, or the place where the files are now"
         )
+    options = None if isinstance(source, LanceDataset) else target.options_for(os.fspath(source))
     if not inside and not isinstance(source, LanceDataset):
-        return open_store(os.fspath(source), storage_options)
+        return open_store(os.fspath(source), options)
     try:
-        opened = open_dataset(source, storage_options=storage_options)
+        opened = open_dataset(source, storage_options=options)
     except InvalidArgument as exc:
         raise MissingFile(
             f"the files of index {found.name!r} cannot be reached: there is no dataset at {source}",

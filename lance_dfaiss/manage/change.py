@@ -23,10 +23,11 @@ from ..pointers import (
     find_stored,
     generation_store,
     publish,
+    store_at,
 )
 from ..search.load import read_generation
 from ..search.resolve import Resolution, resolve_generation
-from ..storage import MAX_DOCUMENT_BYTES, Store, check_present, digest_bytes, open_store, read_reach
+from ..storage import MAX_DOCUMENT_BYTES, Store, check_present, digest_bytes, read_reach
 
 __all__ = ["drop_index", "hold_folders", "is_manifest", "read_manifest", "rollback"]
 
@@ -68,7 +69,7 @@ def drop_index(
         If another writer changed the index at the same time.
     """
     handle = open_dataset(dataset, storage_options=storage_options)
-    newest = PinnedDataset(handle).latest()
+    newest = PinnedDataset(handle, storage_options).latest()
     stored = find_stored(newest, name, index_uri)
     publish(newest, name, None, previous=stored, index_uri=index_uri)
     move_to_latest(handle)
@@ -117,7 +118,7 @@ def rollback(
         If another writer changed the index at the same time.
     """
     handle = open_dataset(dataset, storage_options=storage_options)
-    newest = PinnedDataset(handle).latest()
+    newest = PinnedDataset(handle, storage_options).latest()
     found = find_pointer(newest, name, index_uri)
     wanted = found.pointer.previous
     if wanted is None:
@@ -238,8 +239,7 @@ def _places(
     if found.origin == "metadata" and pointer.where != IN_DATASET:
         yield IN_DATASET, pinned.session_store()
     if index_uri is not None and pointer.where == IN_DATASET:
-        where = absolute_location(index_uri)
-        yield where, open_store(where)
+        yield absolute_location(index_uri), store_at(pinned, index_uri)
 
 
 def is_manifest(name: str) -> bool:

@@ -14,8 +14,8 @@ from ..errors import CorruptIndex, InvalidArgument, MissingFile, UnsupportedForm
 from ..lance_io import LanceDataset, PinnedDataset, open_dataset
 from ..manifest import Pointer, Reference, decode_manifest, decode_plan
 from ..manifest.lease import as_time
-from ..pointers import IN_DATASET, absolute_location, pointer_files, stored_pointers
-from ..storage import MAX_DOCUMENT_BYTES, Store, StoredFile, open_store, read_document, read_reach
+from ..pointers import IN_DATASET, absolute_location, pointer_files, store_at, stored_pointers
+from ..storage import MAX_DOCUMENT_BYTES, Store, StoredFile, read_document, read_reach
 from ..types import POINTER_PREFIX
 from .change import is_manifest, read_manifest
 from .garbage import Collection, Folder, References, plan_gc
@@ -93,7 +93,7 @@ def gc(
         If something could not be read or deleted; run it again.
     """
     _check_arguments(keep_previous, min_age)
-    pinned = PinnedDataset(open_dataset(dataset, storage_options=storage_options))
+    pinned = PinnedDataset(open_dataset(dataset, storage_options=storage_options), storage_options)
     return collect(pinned, dry_run=dry_run, keep_previous=keep_previous, min_age=min_age, index_uri=index_uri)
 
 
@@ -107,7 +107,7 @@ def collect(
     clock: Callable[[], datetime] = utc_now,
 ) -> GcReport:
     """Carry out `gc`, by a given clock."""
-    store = pinned.session_store() if index_uri is None else open_store(absolute_location(index_uri))
+    store = pinned.session_store() if index_uri is None else store_at(pinned, index_uri)
     # In this order: a builder that is done before the leases are read has moved its pointer before they are.
     survey = _survey(store)
     references = _Seeker(pinned, store, survey, index_uri).references(keep_previous)

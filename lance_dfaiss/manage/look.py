@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import CorruptIndex, DatasetChanged
 from ..lance_io import LanceDataset, PinnedDataset, open_dataset
-from ..manifest import FileEntry, Manifest, Pointer, decode_model_record
+from ..manifest import BuildReport, FileEntry, Manifest, Pointer, decode_model_record, decode_report
+from ..manifest.lease import as_time
 from ..pointers import find_pointer, stored_pointers
 from ..progress import PhaseMeter, Progress, SilentProgress
 from ..search.load import Generation, read_generation
 from ..search.resolve import resolve_generation
-from ..storage import VerifiedReader, read_document
+from ..storage import MAX_DOCUMENT_BYTES, Store, VerifiedReader, read_document, reading_ahead
 from ..types import CHUNK_BYTES
 
 __all__ = ["IndexDescription", "describe_index", "list_indices", "verify_index"]
+
+_log = logging.getLogger(__name__)
+
+_REPORT = re.compile(r"report-[0-9a-f-]+\.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +50,9 @@ class IndexDescription:
         Of model and shards, as stored and about as loaded.
     stale : str or None
         Why it cannot answer for that version; None when it can.
+    build : BuildReport or None
+        What building took, if that was asked for and a report is there: of its generation, or else of the one that
+        its model was trained for, which updates have added to since.
     """
 
     name: str
@@ -56,6 +66,7 @@ class IndexDescription:
     tail_rows: int
     length_bytes: int
     stale: str | None
+    build: BuildReport | None = None
 
 
 def list_indices(
@@ -75,7 +86,7 @@ def list_indices(
     storage_options : mapping, optional
         For a dataset given by URI.
     """
-    pinned = PinnedDataset(open_dataset(dataset, storage_options=storage_options))
+    pinned = PinnedDataset(open_dataset(dataset, storage_options=storage_options), storage_options)
     return list(stored_pointers(pinned, index_uri))
 
 
@@ -86,6 +97,7 @@ def describe_index(
     index_uri: str | None = None,
     allowed_index_uris: Sequence[str] = (),
     storage_options: Mapping[str, str] | None = None,
+    build: bool = False,
 ) -> IndexDescription:
     """Describe an index from its stored documents.
 
@@ -97,6 +109,9 @@ def describe_index(
         Index name; may be left out when there is one.
     index_uri, allowed_index_uris, storage_options
         As for `open_index`.
+    build : bool
+        Look for the report of the build, too: its phases and tasks. A report that cannot be read is logged and
+        left out.
 
     Raises
     ------
@@ -124,6 +139,7 @@ def describe_index(
         tail_rows=0 if snapshot is None else snapshot.tail_rows,
         length_bytes=manifest.model.file.length_bytes + sum(shard.length_bytes for shard in manifest.shards),
         stale=stale,
+        build=_newest_report(generation) if build else None,
     )
 
 
@@ -162,13 +178,15 @@ def verify_index(
     _, generation = _generation(dataset, name, index_uri, allowed_index_uris, storage_options)
     meter = PhaseMeter(SilentProgress() if progress is None else progress, "verify")
     faults: list[CorruptIndex] = []
-    for entry in _files(generation, faults):
-        try:
-            with VerifiedReader(generation.store, entry) as reader:
-                while chunk := reader.read(CHUNK_BYTES):
-                    meter.add(0, len(chunk))
-        except CorruptIndex as exc:
-            faults.append(exc)
+    entries = _files(generation, faults)
+    with reading_ahead(generation.store, entries) as store:
+        for entry in entries:
+            try:
+                with VerifiedReader(store, entry) as reader:
+                    while chunk := reader.read(CHUNK_BYTES):
+                        meter.add(0, len(chunk))
+            except CorruptIndex as exc:
+                faults.append(exc)
     meter.finish()
     return faults
 
@@ -180,10 +198,33 @@ def _generation(
     allowed: Sequence[str],
     storage_options: Mapping[str, str] | None,
 ) -> tuple[PinnedDataset, Generation]:
-    pinned = PinnedDataset(open_dataset(dataset, storage_options=storage_options))
+    pinned = PinnedDataset(open_dataset(dataset, storage_options=storage_options), storage_options)
     found = find_pointer(pinned, name, index_uri)
     trusted = (*allowed, *(() if index_uri is None else (index_uri,)))
     return pinned, read_generation(pinned, found, trusted)
+
+
+def _newest_report(generation: Generation) -> BuildReport | None:
+    """Return what the last run of a build took: of this generation, else of the one that its model was made for."""
+    trained = generation.manifest.model.file.name.partition("/")[0]
+    for folder in dict.fromkeys([generation.manifest.generation, trained]):
+        found = _reports(generation.store, folder)
+        if found:
+            return max(found, key=lambda report: as_time(report.created_at))
+    return None
+
+
+def _reports(store: Store, folder: str) -> list[BuildReport]:
+    found: list[BuildReport] = []
+    for file in store.list(folder):
+        if not _REPORT.fullmatch(file.name.removeprefix(f"{folder}/")):
+            continue
+        try:
+            data = store.read(file.name, max_bytes=MAX_DOCUMENT_BYTES)
+            found.append(decode_report(data, location=f"{store.location}/{file.name}"))
+        except CorruptIndex as exc:
+            _log.warning("a report of the build is left out: %s", exc)
+    return found
 
 
 def _files(generation: Generation, faults: list[CorruptIndex]) -> list[FileEntry]:

@@ -19,6 +19,7 @@ from ..manifest import Manifest, SkipCounts
 from ..pointers import find_pointer
 from ..progress import PhaseMeter, Progress, SilentProgress
 from ..spec import SearchOptions
+from ..storage import ChunkCache, open_cache
 from ..types import (
     MISSING_ROW_ID,
     Float32Array,
@@ -119,6 +120,8 @@ def open_index(
     index_uri: str | None = None,
     allowed_index_uris: Sequence[str] = (),
     storage_options: Mapping[str, str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Index:
     """Load an index into RAM, for the dataset version that the handle is at.
@@ -139,6 +142,12 @@ def open_index(
         Places outside the dataset that its pointer may lead to.
     storage_options : mapping, optional
         For a dataset given by URI.
+    cache_dir : str or path, optional
+        A folder on this machine that keeps the index files which are read, so that opening them again, in this
+        process or another, does not ask the store. What it holds is verified like the rest; if it cannot be used,
+        that is logged and the store is read.
+    cache_bytes : int, optional
+        What that folder may hold; 16 GiB by default. What was used longest ago makes room.
     progress : Progress, optional
         Listener.
 
@@ -158,19 +167,25 @@ def open_index(
         If a filter column does not exist.
     UntrustedLocation
         If the pointer leads to a place that was not allowed.
+    InvalidArgument
+        If a limit is no number, or the cache is no folder of this machine.
     """
+    cache = open_cache(cache_dir, cache_bytes)
     held = checked_filter_columns(filter_columns)
     limits = TailLimits(
         rows=_limit("max_tail_rows", max_tail_rows), length_bytes=_limit("max_tail_bytes", max_tail_bytes)
     )
-    pinned = PinnedDataset(open_dataset(dataset, storage_options=storage_options))
+    pinned = PinnedDataset(open_dataset(dataset, storage_options=storage_options), storage_options)
     found = find_pointer(pinned, name, index_uri)
     allowed = tuple(allowed_index_uris) + (() if index_uri is None else (index_uri,))
-    generation = read_generation(pinned, found, allowed)
+    generation = read_generation(pinned, found, allowed, cache=cache)
     columns = ColumnsInMemory(pinned, held) if held else None
     view = open_view(pinned, generation, limits, columns=columns, progress=progress)
     _log.info("index %r: generation %s open at version %d", found.name, generation.manifest.generation, pinned.version)
-    return Index(view, limits, index_uri=index_uri, allowed=allowed, columns=columns)
+    if cache is not None:
+        kept, read = cache.hit_bytes, cache.missed_bytes
+        _log.info("index %r: %d bytes came from the cache, %d from the store", found.name, kept, read)
+    return Index(view, limits, index_uri=index_uri, allowed=allowed, columns=columns, cache=cache)
 
 
 def open_view(
@@ -263,12 +278,14 @@ class Index:
         index_uri: str | None = None,
         allowed: Sequence[str] = (),
         columns: ColumnsInMemory | None = None,
+        cache: ChunkCache | None = None,
     ) -> None:
         self._view = view
         self._limits = TailLimits() if limits is None else limits
         self._index_uri = index_uri
         self._allowed = tuple(allowed)
         self._columns = columns
+        self._cache = cache
         self._moving = threading.Lock()
 
     def __repr__(self) -> str:
@@ -324,7 +341,7 @@ class Index:
             found = find_pointer(newest, self.name, self._index_uri)
             generation = view.generation
             if found.text != generation.found.text:
-                generation = read_generation(newest, found, self._allowed)
+                generation = read_generation(newest, found, self._allowed, cache=self._cache)
             elif (newest.version, newest.committed_at) == (view.pinned.version, view.pinned.committed_at):
                 return False
             columns = None if self._columns is None else self._columns.at(newest)

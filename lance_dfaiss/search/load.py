@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..manifest import (
 )
 from ..pointers import IN_DATASET, FoundPointer, generation_store
 from ..progress import PhaseMeter
-from ..storage import Store, read_document
+from ..storage import CachedStore, ChunkCache, Store, read_document, reading_ahead
 
 __all__ = [
     "Generation",
@@ -38,6 +39,9 @@ Owns = Callable[[ShardRecord], bool]
 # Segments of a type that merges that may come together by refreshing, and how many then stay as they are.
 _MAX_SEGMENTS = 8
 _KEPT_SEGMENTS = 4
+
+# Records read at the same time: small files, of which a large index has thousands.
+_RECORD_READERS = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,8 +66,22 @@ class Generation:
     records: tuple[ShardRecord, ...]
 
 
-def read_generation(pinned: PinnedDataset, found: FoundPointer, allowed: Sequence[str] = ()) -> Generation:
+def read_generation(
+    pinned: PinnedDataset, found: FoundPointer, allowed: Sequence[str] = (), *, cache: ChunkCache | None = None
+) -> Generation:
     """Read and verify the documents behind a pointer.
+
+    Parameters
+    ----------
+    pinned : PinnedDataset
+        The version that the pointer belongs to.
+    found : FoundPointer
+        Where to begin.
+    allowed : sequence of str
+        Places outside the dataset that it may lead to.
+    cache : ChunkCache, optional
+        Keeps what is read, now and when the generation is loaded. Of the manifest alone there is no copy: whether
+        the index is there is for the store to say.
 
     Raises
     ------
@@ -94,7 +112,9 @@ def read_generation(pinned: PinnedDataset, found: FoundPointer, allowed: Sequenc
             remedy="Build the index again with replace=True",
             location=pointer.manifest.name,
         )
-    records = tuple(_record(store, manifest, i) for i in range(len(manifest.shards)))
+    if cache is not None:
+        store = CachedStore(store, cache)
+    records = _records(store, manifest)
     check_cover_disjoint(records)
     return Generation(found, store, manifest, records)
 
@@ -164,7 +184,8 @@ def load_segments(
 ) -> list[LoadedSegment]:
     """Load shards into RAM, merged as far as their type allows.
 
-    One shard at a time: at the most, the merged index and the largest shard are in RAM together.
+    One shard at a time: at the most, the merged index and the largest shard are in RAM together; and of a store far
+    away up to `lance_dfaiss.storage.AHEAD_BYTES` of the files to come, for it answers many requests at once.
 
     Parameters
     ----------
@@ -195,10 +216,13 @@ def load_segments(
     # A model in RAM serves all shards of its fingerprint, whichever generation they lie in.
     if held:
         model = held[0].segment.model
-    elif model is None:
-        model = load_model_of(generation)
     positions = sum(record.cover.physical_rows for record in records)
-    merged = engine.merge_shards(model, _shards(generation, records, model, meter), positions=positions)
+    files = [file for record in records for file in (record.index, record.refine) if file is not None]
+    if model is None:
+        files.insert(0, generation.manifest.model.file)
+    with reading_ahead(generation.store, files) as near:
+        model = load_model_of(generation, near) if model is None else model
+        merged = engine.merge_shards(model, _shards(near, records, model, meter), positions=positions)
     names = [_shard_name(generation, record) for record in records]
     if len(merged) == 1:
         return [*held, LoadedSegment(merged[0][1], tuple(names))]
@@ -211,8 +235,15 @@ def is_model_of(generation: Generation, model: engine.Model) -> bool:
     return model.fingerprint == manifest.model.fingerprint and model.spec == manifest.spec
 
 
-def load_model_of(generation: Generation) -> engine.Model:
+def load_model_of(generation: Generation, store: Store | None = None) -> engine.Model:
     """Load the model of a generation.
+
+    Parameters
+    ----------
+    generation : Generation
+        Which.
+    store : Store, optional
+        Where to read it, if not from the generation's own store.
 
     Raises
     ------
@@ -220,7 +251,8 @@ def load_model_of(generation: Generation) -> engine.Model:
         If its file is missing or damaged.
     """
     manifest = generation.manifest
-    return engine.load_model(generation.store, manifest.model.file, manifest.spec, manifest.model.fingerprint)
+    where = generation.store if store is None else store
+    return engine.load_model(where, manifest.model.file, manifest.spec, manifest.model.fingerprint)
 
 
 def _half_owned(records: Sequence[ShardRecord], owns: Owns) -> bool:
@@ -234,14 +266,24 @@ def _shard_name(generation: Generation, record: ShardRecord) -> str:
 
 
 def _shards(
-    generation: Generation, records: Sequence[ShardRecord], model: engine.Model, meter: PhaseMeter
+    store: Store, records: Sequence[ShardRecord], model: engine.Model, meter: PhaseMeter
 ) -> Iterator[tuple[Any, Any | None, int]]:
-    store = generation.store
     for record in records:
         rows = record.cover.physical_rows
         # No variable keeps the shard: it would be held here while the next one is read.
         yield (*engine.load_shard(store, model, record.index, record.refine, physical_rows=rows), rows)
         meter.add(rows, record.index.length_bytes + (record.refine.length_bytes if record.refine else 0))
+
+
+def _records(store: Store, manifest: Manifest) -> tuple[ShardRecord, ...]:
+    ordinals = range(len(manifest.shards))
+    if len(ordinals) < 2:
+        return tuple(_record(store, manifest, i) for i in ordinals)
+    pool = ThreadPoolExecutor(min(_RECORD_READERS, len(ordinals)), thread_name_prefix="lance-dfaiss-records")
+    try:
+        return tuple(pool.map(lambda i: _record(store, manifest, i), ordinals))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _record(store: Store, manifest: Manifest, ordinal: int) -> ShardRecord:

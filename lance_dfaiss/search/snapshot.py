@@ -253,8 +253,11 @@ def revived_fragments(
         unspoken[expand(rows[:, 0], rows[:, 1])] = True
         for fragment in cover.fragments if len(rows) else ():
             if fragment.fragment_id in present:
-                mine = unspoken[fragment.first_position : fragment.first_position + fragment.physical_rows]
+                mine = unspoken[fragment.first_position : fragment.first_position + fragment.positions]
                 alive = live_offsets.get(fragment.fragment_id)
+                if alive is not None:
+                    alive = alive - fragment.first_offset
+                    alive = alive[(alive >= 0) & (alive < fragment.positions)]
                 if mine.any() if alive is None else mine[alive].any():
                     revived.append(fragment.fragment_id)
     return revived
@@ -446,7 +449,7 @@ def new_remaps(
 def _origins(cover: Cover) -> Places:
     """Return the rows a cover speaks for, where they were encoded from."""
     places = Places.of(
-        (f.first_position, f.fragment_id, 0, f.physical_rows) for f in cover.fragments if f.physical_rows
+        (f.first_position, f.fragment_id, f.first_offset, f.positions) for f in cover.fragments if f.positions
     )
     if not len(cover.deleted):
         return places

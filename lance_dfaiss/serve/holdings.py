@@ -27,6 +27,7 @@ from ..search.load import Generation, read_generation
 from ..search.portion import Portion, new_bytes, ram_need
 from ..search.tail import TailLimits
 from ..search.view import View
+from ..storage import AHEAD_BYTES, is_remote, open_cache
 from ..types import UInt64Array
 from .cluster import ClusterFile, ServedIndex
 from .placement import place_fragment, place_shards
@@ -86,6 +87,10 @@ class HoldingOptions:
         For the datasets.
     allowed_index_uris : sequence of str
         Places that pointers may lead to.
+    cache_dir : str or None
+        Folder that keeps index files which were read, see `open_index`; None for none.
+    cache_bytes : int or None
+        What it may hold; None for the default.
     """
 
     payload: tuple[str, ...] = ()
@@ -96,6 +101,8 @@ class HoldingOptions:
     grace_seconds: float = 60.0
     storage_options: Mapping[str, str] | None = None
     allowed_index_uris: tuple[str, ...] = ()
+    cache_dir: str | None = None
+    cache_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +233,7 @@ class Holdings:
         self.cluster = cluster
         self._server_id = server_id
         self._options = options
+        self._cache = open_cache(options.cache_dir, options.cache_bytes)
         self._sift = sift
         self._threads = threads
         self._changed = changed
@@ -422,7 +430,8 @@ class Holdings:
 
     def _handle(self, shelf: Shelf) -> PinnedDataset:
         # Anew each time: the version that is held may have been cleaned up, and the dataset been written anew.
-        return PinnedDataset(open_dataset(shelf.served.dataset, storage_options=self._options.storage_options))
+        options = self._options.storage_options
+        return PinnedDataset(open_dataset(shelf.served.dataset, storage_options=options), options)
 
     def _open(self, shelf: Shelf, pinned: PinnedDataset) -> tuple[Held, int] | None:
         """Load what is new of a snapshot; None if it is the newest already."""
@@ -475,7 +484,7 @@ class Holdings:
         if shelf.newest is not None and shelf.newest.view.generation.found.text == found.text:
             return shelf.newest.view.generation
         allowed = self._options.allowed_index_uris + (() if served.index_uri is None else (served.index_uri,))
-        return read_generation(pinned, found, allowed)
+        return read_generation(pinned, found, allowed, cache=self._cache)
 
     def _portion(self, generation: Generation) -> Portion:
         weights = self.cluster.weights_by_group()
@@ -521,6 +530,8 @@ class Holdings:
         used, limit = resident_bytes(), self._options.ram_limit_bytes
         more = min(need.total_bytes, read_bytes + min(need.largest_shard_bytes, read_bytes) + need.row_bytes)
         more += more // LOADING_SHARE
+        if is_remote(generation.store):
+            more += min(AHEAD_BYTES, read_bytes)
         if used + more > limit:
             raise BudgetExceeded(
                 f"generation {generation.manifest.generation} needs {more:,} bytes more RAM in group {portion.group}"

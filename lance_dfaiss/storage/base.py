@@ -23,6 +23,7 @@ from ..errors import (
     ReadOnlyStorage,
     StorageError,
     StorageFull,
+    UnsafeStorage,
 )
 
 __all__ = ["Store", "StoredFile", "storage_errors"]
@@ -233,7 +234,12 @@ def translated(location: str, exc: BaseException, *, writing: bool) -> DfaissErr
         return read_only(where, exc)
     if not writing and (isinstance(exc, FileNotFoundError) or code == errno.ENOENT):
         return missing_file(where)
-    return StorageError(f"{'Writing' if writing else 'Reading'} {where} failed ({detail})", location=where)
+    remedy = ""
+    if isinstance(exc, FileNotFoundError):  # to be written to, so it is what it lies in that is gone
+        remedy = "Check that the bucket, container or folder is there and was not deleted"
+    return StorageError(
+        f"{'Writing' if writing else 'Reading'} {where} failed ({detail})", remedy=remedy, location=where
+    )
 
 
 def _errno_of(exc: BaseException) -> int | None:
@@ -262,6 +268,26 @@ def read_only(where: str, exc: BaseException) -> ReadOnlyStorage:
     """Return the error for a place that cannot be written."""
     detail = f"{type(exc).__name__}: {without_credentials(str(exc))}"
     return ReadOnlyStorage(f"{where} cannot be written ({detail})", remedy=INDEX_URI_REMEDY, location=where)
+
+
+def no_bucket(where: str) -> StorageError:
+    """Return the error for a place whose bucket or container is not there: that is no folder, which may be missing."""
+    return StorageError(
+        f"Expected a bucket or container for {where}, found none",
+        remedy="Check its name, the region and the endpoint; it may have been deleted",
+        location=where,
+    )
+
+
+def unsafe(where: str) -> UnsafeStorage:
+    """Return the error for a store that takes no notice of the condition of a write."""
+    return UnsafeStorage(
+        f"The store of {where} takes no notice of conditional writes (If-None-Match): two writers who created the same"
+        " object were both told that they had, so Lance loses rows there without an error when two commit at once",
+        remedy="Use a store, or a version of its server, that honours them; or let DynamoDB keep the dataset's commits"
+        " (s3+ddb://)",
+        location=where,
+    )
 
 
 def too_short(where: str, *, expected_bytes: int, found: str) -> DigestMismatch:

@@ -18,6 +18,8 @@ from ..errors import CorruptIndex, DigestMismatch, InvalidArgument, StorageError
 from ..manifest import FileEntry, Reference, root_digest
 from ..types import CHUNK_BYTES
 from .base import RESTORE_REMEDY, Store, join, storage_errors
+from .cache import CachedStore
+from .chunks import check_length, mismatch, read_chunk
 
 __all__ = [
     "MAX_DOCUMENT_BYTES",
@@ -353,7 +355,7 @@ class VerifiedReader:
             raise StorageError(f"The reader of {self._where} was closed before this read", location=self._where)
         if not self._length_checked:
             try:
-                self._check_length()
+                check_length(self._store, self._entry)
             except (CorruptIndex, StorageError) as exc:
                 self.error = exc
                 raise
@@ -366,11 +368,6 @@ class VerifiedReader:
         digest = root_digest(self._entry.chunks)
         if digest != self._entry.digest:
             raise self._mismatch("root digest over its chunks", self._entry.digest, digest)
-
-    def _check_length(self) -> None:
-        found = self._store.length_bytes(self._entry.name)
-        if found is not None and found != self._entry.length_bytes:
-            raise self._mismatch("length", f"{self._entry.length_bytes} bytes", f"{found} bytes")
 
     def _advance(self) -> None:
         self._chunk, self._offset = b"", 0  # freed first, so that it does not count against the prefetch
@@ -388,17 +385,10 @@ class VerifiedReader:
         self._chunk = done.result()
 
     def _fetch(self, index: int) -> bytes:
-        offset = index * self._chunk_bytes
-        length = min(self._chunk_bytes, self._entry.length_bytes - offset)
-        data = self._store.read_range(self._entry.name, offset, length)
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != self._entry.chunks[index]:
-            span = f"digest of chunk {index} (bytes {offset} to {offset + length})"
-            raise self._mismatch(span, self._entry.chunks[index], digest)
-        return data
+        return read_chunk(self._store, self._entry, index, chunk_bytes=self._chunk_bytes)
 
     def _mismatch(self, what: str, expected: str, found: str) -> DigestMismatch:
-        return _mismatch(self._where, what, expected, found)
+        return mismatch(self._where, what, expected, found)
 
 
 def digest_bytes(name: str, data: bytes) -> Reference:
@@ -460,24 +450,21 @@ def read_document(store: Store, reference: Reference, *, max_bytes: int = MAX_DO
             remedy=RESTORE_REMEDY,
             location=where,
         )
+    cache = store.cache if isinstance(store, CachedStore) else None
+    if cache is not None:
+        kept = cache.get(reference.digest, reference.length_bytes, lambda data: digest_bytes("-", data).digest)
+        if kept is not None:
+            return kept
     length = store.length_bytes(reference.name)
     if length is not None and length != reference.length_bytes:
-        raise _mismatch(where, "length", f"{reference.length_bytes} bytes", f"{length} bytes")
+        raise mismatch(where, "length", f"{reference.length_bytes} bytes", f"{length} bytes")
     data = store.read_range(reference.name, 0, reference.length_bytes)
     found = digest_bytes(reference.name, data)
     if found != reference:
-        raise _mismatch(where, "digest", reference.digest, found.digest)
+        raise mismatch(where, "digest", reference.digest, found.digest)
+    if cache is not None:
+        cache.put(reference.digest, data)
     return data
-
-
-def _mismatch(where: str, what: str, expected: str, found: str) -> DigestMismatch:
-    return DigestMismatch(
-        f"{where} is not what was recorded: {what} expected {expected}, found {found}",
-        remedy=RESTORE_REMEDY,
-        location=where,
-        expected=expected,
-        found=found,
-    )
 
 
 def _check_positive(parameter: str, value: int) -> None:

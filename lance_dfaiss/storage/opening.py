@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
 from ..errors import InvalidArgument
@@ -10,7 +11,33 @@ from .base import Store, public_url
 from .local import LocalStore
 from .remote import FsspecStore, refuse_chained
 
-__all__ = ["open_store"]
+__all__ = ["StorePlace", "open_store"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorePlace:
+    """Where the files of an index lie, in words that another process can open it by.
+
+    Parameters
+    ----------
+    url : str or None
+        As `open_store` takes it; None for the dataset's own folder.
+    storage_options : Mapping[str, str] or None
+        For the URL; may hold credentials.
+    """
+
+    url: str | None = None
+    storage_options: Mapping[str, str] | None = field(default=None, repr=False)
+
+    def open(self, in_dataset: Callable[[], Store]) -> Store:
+        """Return the store.
+
+        Parameters
+        ----------
+        in_dataset : callable
+            Opens the dataset's own folder: ``PinnedDataset.session_store`` of the process's own handle.
+        """
+        return in_dataset() if self.url is None else open_store(self.url, self.storage_options)
 
 
 def open_store(url: str, storage_options: Mapping[str, str] | None = None) -> Store:

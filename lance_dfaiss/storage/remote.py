@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +23,7 @@ from .base import (
     listing,
     missing_file,
     name_taken,
+    no_bucket,
     probe_errors,
     public_url,
     storage_errors,
@@ -29,14 +31,25 @@ from .base import (
     too_long,
     too_short,
     unfinished,
+    unsafe,
     without_credentials,
     write_through,
 )
+from .dialects import FAMILIES, for_fsspec
+from .retries import call
 
 __all__ = ["FsspecStore"]
 
-_OBJECT_STORES: Final = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci"})
+_log = logging.getLogger(__name__)
+
+_OBJECT_STORES: Final = frozenset({*FAMILIES, "oss", "oci"})
 """Protocols whose uploads appear complete or not at all, and where renaming would copy the bytes."""
+
+_COMPARED_BYTES: Final = 1024 * 1024
+"""Files up to this length, all documents among them, are read back to tell whether one is what was to be written."""
+
+# Object stores, by location, that refused to create a file twice.
+_answered: set[str] = set()
 
 
 class FsspecStore:
@@ -47,7 +60,7 @@ class FsspecStore:
     url : str
         Any URL that fsspec and an installed backend understand, unchained.
     storage_options : Mapping[str, str] or None
-        Passed to the backend.
+        Passed to the backend; of S3, Azure and Google Cloud, Lance's names for them are understood too.
 
     Raises
     ------
@@ -61,7 +74,7 @@ class FsspecStore:
         refuse_chained(url)
         self._location = public_url(url)
         try:
-            self._fs, root = url_to_fs(url, **dict(storage_options or {}))
+            self._fs, root = url_to_fs(url, **for_fsspec(url.partition("://")[0], storage_options or {}))
         except (ImportError, ValueError) as exc:
             raise InvalidArgument(
                 f"{self._location} cannot be opened ({without_credentials(str(exc))})",
@@ -90,7 +103,7 @@ class FsspecStore:
             return b""
         with storage_errors(where, writing=False):
             try:
-                data: bytes = self._fs.cat_file(path, start=offset, end=offset + length)
+                data: bytes = call(self._fs.cat_file, path, start=offset, end=offset + length)
             except FileNotFoundError:
                 raise
             except OSError:
@@ -130,7 +143,7 @@ class FsspecStore:
             self._refuse_taken(name)
             with storage_errors(where, writing=True):
                 if self._is_object_store:
-                    self._fs.put_file(str(local), path, **self._exclusively())
+                    self._put(local, path)
                 else:
                     self._put_and_rename(local, path)
 
@@ -146,7 +159,7 @@ class FsspecStore:
             self._fs.invalidate_cache()
             try:
                 # Not fs.exists(): that takes every failure for an absence.
-                return bool(self._fs.info(path)["type"] == "file")
+                return bool(call(self._fs.info, path)["type"] == "file")
             except FileNotFoundError:
                 return False
 
@@ -159,7 +172,7 @@ class FsspecStore:
         """Delete a file; a missing one is fine."""
         path = self._path(name)
         with storage_errors(join(self.location, name), writing=True), suppress(FileNotFoundError):
-            self._fs.rm_file(path)
+            call(self._fs.rm_file, path)
 
     # The method `list` hides the type of that name from here on.
     def sweep(self, prefix: str, *, dry_run: bool = False) -> Sequence[StoredFile]:
@@ -170,7 +183,7 @@ class FsspecStore:
             with storage_errors(join(self.location, folder), writing=True):
                 for file in found:
                     with suppress(FileNotFoundError):
-                        self._fs.rm_file(f"{self._root}/{file.name}")
+                        call(self._fs.rm_file, f"{self._root}/{file.name}")
                 if not self._is_object_store and folder:
                     self._remove_empty(f"{self._root}/{folder}")
         return found
@@ -182,21 +195,67 @@ class FsspecStore:
             while not self._is_object_store and folder and not self._fs.exists(folder):
                 folder = folder.rpartition("/")[0]
             probe = f"{folder}/{temporary_name()}"
-            self._fs.pipe_file(probe, b"")
+            call(self._fs.pipe_file, probe, b"")
         with storage_errors(self.location, writing=True):
-            self._fs.rm_file(probe)
+            call(self._fs.rm_file, probe)
+
+    def check_conditional_writes(self) -> None:
+        """Refuse an object store that lets two writers create the same file; once per store and process.
+
+        Raises
+        ------
+        UnsafeStorage
+            It does.
+        ReadOnlyStorage, StorageError
+            It cannot be written, or did not answer.
+        """
+        if not self._is_object_store or self.location in _answered:
+            return
+        exclusively = _exclusively(self._fs.pipe_file)
+        if not exclusively:
+            _log.warning(
+                "%s cannot create a file only where there is none: of two builders at once both may seem to win",
+                type(self._fs).__name__,
+            )
+            return
+        path, created = f"{self._root}/{temporary_name()}", 0
+        with storage_errors(self.location, writing=True):
+            for _ in range(2):
+                with suppress(FileExistsError):
+                    call(self._fs.pipe_file, path, b"", **exclusively)
+                    created += 1
+            call(self._fs.rm_file, path)
+        if created == 2:
+            raise unsafe(self.location)
+        _answered.add(self.location)
 
     def _find(self, folder: str) -> Sequence[StoredFile]:
         path = f"{self._root}/{folder}".rstrip("/") or "/"
         with storage_errors(join(self.location, folder), writing=False):
             self._fs.invalidate_cache()
             try:
-                self._fs.ls(path, detail=False)  # because find() takes an outage for an empty folder
+                call(self._fs.ls, path, detail=False)  # because find() takes an outage for an empty folder
+                found = call(self._fs.find, path, detail=True)
             except FileNotFoundError:
+                found = {}
+            if not found:
+                self._require_bucket()
+            if not isinstance(found, Mapping):  # adlfs's way to say that the folder is a file
                 return []
             skip = len(self._root) + 1
-            found = self._fs.find(path, detail=True).items()
-            return [StoredFile(full[skip:], info.get("size"), _modified(info)) for full, info in found]
+            return [StoredFile(full[skip:], info.get("size"), _modified(info)) for full, info in found.items()]
+
+    def _require_bucket(self) -> None:
+        """Raise if the bucket or container is not there: it is no folder, which may be missing."""
+        bucket = self._root.partition("/")[0]
+        if not self._is_object_store or not bucket:
+            return
+        try:
+            call(self._fs.info, bucket)
+        except PermissionError:
+            pass  # its files may be read and its own properties may not
+        except FileNotFoundError as exc:
+            raise no_bucket(self.location) from exc
 
     def _remove_empty(self, folder: str) -> None:
         self._fs.invalidate_cache()
@@ -212,7 +271,7 @@ class FsspecStore:
         path, where = self._path(name), join(self.location, name)
         with storage_errors(where, writing=False):
             self._fs.invalidate_cache()
-            info: dict[str, Any] = self._fs.info(path)
+            info: dict[str, Any] = call(self._fs.info, path)
         if info["type"] != "file":
             raise missing_file(where)
         return info
@@ -221,9 +280,21 @@ class FsspecStore:
         if self.exists(name):
             raise name_taken(join(self.location, name))
 
-    def _exclusively(self) -> dict[str, str]:
-        # Backends without the parameter would ignore it, or hand it on to a call that refuses it.
-        return {"mode": "create"} if "mode" in inspect.signature(self._fs.put_file).parameters else {}
+    def _put(self, local: Path, path: str) -> None:
+        try:
+            call(self._fs.put_file, str(local), path, **_exclusively(self._fs.put_file))
+        except FileExistsError:
+            # An upload that was repeated, here or by the backend, because its answer was lost on the way, meets itself.
+            if not self._holds(path, local):
+                raise
+
+    def _holds(self, path: str, local: Path) -> bool:
+        self._fs.invalidate_cache()
+        length = local.stat().st_size
+        if call(self._fs.info, path)["size"] != length:
+            return False
+        # Of a large file the name says enough: it is of one attempt only.
+        return length > _COMPARED_BYTES or not length or call(self._fs.cat_file, path) == local.read_bytes()
 
     def _put_and_rename(self, local: Path, path: str) -> None:
         # On a file server an upload is visible while it grows, and stays in part when the writer dies.
@@ -237,6 +308,15 @@ class FsspecStore:
             with suppress(FileNotFoundError):
                 self._fs.rm_file(temporary)
             raise
+
+
+def _exclusively(method: Callable[..., Any]) -> dict[str, Any]:
+    """Return the parameters with which a backend writes only what is not there; none where it cannot."""
+    # Backends without the parameter would ignore it, or hand it on to a call that refuses it.
+    parameters = inspect.signature(method).parameters
+    if "mode" in parameters:
+        return {"mode": "create"}
+    return {"overwrite": False} if "overwrite" in parameters else {}
 
 
 def _modified(info: Mapping[str, Any]) -> datetime | None:

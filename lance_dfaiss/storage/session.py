@@ -8,10 +8,10 @@ that costs is settled here.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Protocol
 
 from .base import (
     StoredFile,
@@ -22,6 +22,7 @@ from .base import (
     listing,
     missing_file,
     name_taken,
+    no_bucket,
     probe_errors,
     public_url,
     storage_errors,
@@ -32,11 +33,9 @@ from .base import (
     unfinished,
     write_through,
 )
+from .retries import call, failure_kind
 
 __all__ = ["FileSession", "FolderSession", "SessionStore"]
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 
 class FileSession(Protocol):
@@ -138,12 +137,14 @@ class SessionStore:
             self._require(name)
             return b""
         try:
-            data = _call(self._session.read_range, name, offset, length)
+            data = call(self._session.read_range, name, offset, length)
         except OSError as exc:
             self._require(name)
-            if self._reaches(name, offset + length):
-                raise translated(where, exc, writing=False) from exc
-            raise too_short(where, expected_bytes=offset + length, found="fewer") from exc
+            with storage_errors(where, writing=False):
+                short = not _tells_no_length(exc) and not self._reaches(name, offset + length)
+            if short:
+                raise too_short(where, expected_bytes=offset + length, found="fewer") from exc
+            raise translated(where, exc, writing=False) from exc
         if len(data) < length:
             raise too_short(where, expected_bytes=offset + length, found=f"{offset + len(data)} bytes")
         return data
@@ -151,18 +152,20 @@ class SessionStore:
     def read(self, name: str, *, max_bytes: int) -> bytes:
         """Read a whole small file; see `Store.read`."""
         where = join(self.location, check_name(name))
-        if self._reaches(name, max_bytes + 1):
+        with storage_errors(where, writing=False):
+            longer = self._reaches(name, max_bytes + 1)
+        if longer:
             raise too_long(where, max_bytes=max_bytes, found="more")
         with tempfile.TemporaryDirectory(prefix="lance-dfaiss-") as folder:
             local = Path(folder, "document")
             try:
-                _call(self._session.download_file, name, str(local))
+                call(self._session.download_file, name, str(local))
             except OSError as exc:
                 self._require(name)
                 raise translated(where, exc, writing=False) from exc
             with storage_errors(where, writing=False):
                 data = local.read_bytes()
-        if len(data) > max_bytes:  # it grew meanwhile, or the answer above was lost on the way
+        if len(data) > max_bytes:  # it grew meanwhile
             raise too_long(where, max_bytes=max_bytes, found=f"{len(data)} bytes")
         return data
 
@@ -185,7 +188,7 @@ class SessionStore:
             # the generation and of the attempt), so looking first is enough: no two writers share a name.
             self._refuse_taken(name)
             with storage_errors(where, writing=True):
-                _call(self._session.upload_file, str(local), name)
+                call(self._session.upload_file, str(local), name)
 
     def list(self, prefix: str) -> list[StoredFile]:
         """List a folder; the lengths are unknown. See `Store.list`."""
@@ -196,7 +199,7 @@ class SessionStore:
     def exists(self, name: str) -> bool:
         """Tell whether there is such a file."""
         with storage_errors(join(self.location, check_name(name)), writing=False):
-            return _call(self._session.contains, name)
+            return call(self._session.contains, name)
 
     def length_bytes(self, name: str) -> int | None:
         """Return None: a session does not tell lengths."""
@@ -207,7 +210,7 @@ class SessionStore:
         """Delete a file; a missing one is fine."""
         where = join(self.location, check_name(name))
         try:
-            _call(self._session.delete_file, name)
+            call(self._session.delete_file, name)
         except OSError as exc:
             if self.exists(name):
                 raise translated(where, exc, writing=True) from exc
@@ -220,9 +223,9 @@ class SessionStore:
             found = unfinished(self._find(folder), folder)
             for file in found if not dry_run else ():
                 try:
-                    _call(self._session.delete_file, file.name)
+                    call(self._session.delete_file, file.name)
                 except OSError:
-                    if _call(self._session.contains, file.name):
+                    if call(self._session.contains, file.name):
                         raise
         return found
 
@@ -230,12 +233,15 @@ class SessionStore:
         """Upload an empty file and delete it; see `Store.check_writable`."""
         name = temporary_name()
         with probe_errors(self.location), tempfile.NamedTemporaryFile(prefix="lance-dfaiss-") as empty:
-            _call(self._session.upload_file, empty.name, name)
+            call(self._session.upload_file, empty.name, name)
         with storage_errors(join(self.location, name), writing=True):
-            _call(self._session.delete_file, name)
+            call(self._session.delete_file, name)
 
     def _find(self, folder: str) -> Iterator[StoredFile]:
-        return (StoredFile(name, None) for name in _call(self._session.list, folder or None))
+        try:
+            return (StoredFile(name, None) for name in call(self._session.list, folder or None))
+        except FileNotFoundError as exc:
+            raise no_bucket(self.location) from exc
 
     def _require(self, name: str) -> None:
         if not self.exists(name):
@@ -246,16 +252,15 @@ class SessionStore:
             raise name_taken(join(self.location, name))
 
     def _reaches(self, name: str, length: int) -> bool:
-        # Errors carry no kind, so the only way to ask for a length is to ask for the byte before its end.
+        # There is no other way to ask for a length than to ask for the byte before its end.
         try:
-            return len(_call(self._session.read_range, name, length - 1, 1)) == 1
-        except OSError:
+            return len(call(self._session.read_range, name, length - 1, 1)) == 1
+        except OSError as exc:
+            if _tells_no_length(exc):
+                raise
             return False
 
 
-def _call(method: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    # Lance raises OSError for some failures of storage and RuntimeError for others (a refused HEAD, say).
-    try:
-        return method(*args, **kwargs)
-    except RuntimeError as exc:
-        raise OSError(str(exc)) from exc
+def _tells_no_length(exc: OSError) -> bool:
+    # An overloaded or closed store says nothing about the file. Local backends' errors for a short file are of no kind.
+    return failure_kind(exc) in ("passing", "refused")

@@ -98,6 +98,10 @@ class Hosts:
                 start_new_session=True,
             )
 
+    def pids(self, host: int) -> list[int]:
+        """Return the processes on a host."""
+        return _pids(self._name(host))
+
     @contextmanager
     def inside(self, host: int) -> Iterator[None]:
         """Have this thread, and all threads that it starts meanwhile, stand on a host: their sockets are made there."""
@@ -129,11 +133,15 @@ class Hosts:
 
 def _end_all(name: str) -> None:
     """End every process in a namespace; all of them were started by the test."""
-    listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, timeout=30)
-    for pid in listed.stdout.split():
-        if int(pid) != os.getpid():
+    for pid in _pids(name):
+        if pid != os.getpid():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+
+
+def _pids(name: str) -> list[int]:
+    listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, timeout=30)
+    return [int(pid) for pid in listed.stdout.split()]
 
 
 class Relay:

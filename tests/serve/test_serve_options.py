@@ -44,6 +44,8 @@ GIVEN: dict[str, Any] = {
     "grace_seconds": 31.0,
     "storage_options": {"key": "open"},
     "allowed_index_uris": ("s3://b/x",),
+    "cache_dir": None,  # what they do is tested with real servers in test_serve_cache.py
+    "cache_bytes": None,
 }
 # Files, and what is a matter of processes.
 ELSEWHERE = {"tls_cert", "tls_key", "tls_client_ca", "token_file", "admin_token_file", "log_level"}
