@@ -29,6 +29,8 @@ __all__ = [
     "plan_tasks",
     "resolve_spec",
     "sample_rows",
+    "sample_rows_fitting",
+    "training_parts",
 ]
 
 # Below this many rows a full scan takes under a millisecond, and is exact.
@@ -53,12 +55,25 @@ _GRAPH_SLACK = 2.0
 # Blocks in flight, scores of the held-out queries, and what the allocator does not give back.
 _WORKING_BYTES = 128 * 1024 * 1024
 
+# A part of a fragment has at least so many rows: a budget for fewer is a mistake, not a wish.
+_MIN_PART_ROWS = 4_096
+
 # The sample may take half of the budget: residuals of it are the other half.
 _SAMPLE_SHARE = 0.5
 
 # Sustained multiply-adds per second and core of FAISS's training and assignment, for time estimates only.
 _MACS_PER_CORE_SECOND = 4.0e10
 _KMEANS_ITERATIONS = 10
+
+# What a driver sends and receives in a second: a link of 10 Gbit/s, less what headers and copies take.
+_DRIVER_BYTES_PER_SECOND = 1.0e9
+
+# A coordinate of a centroid goes out as float32, and comes back as a float64 sum.
+_COORDINATE_BYTES = 4 + 8
+
+# A graph finds the nearest of very many centroids in the time in which a row is compared with about so many: measured
+# as 18,000 with 32,768 centroids, and as 25,000 with 65,536.
+_GRAPH_COMPARED = 20_000
 _PQ_ITERATIONS = 25
 
 # What does not show in operation counts: starting k-means for each sub-vector, moving a row about.
@@ -259,7 +274,7 @@ def sample_rows(spec: ResolvedSpec, *, rows: int, budget_bytes: int) -> int:
     wanted = _CODE_SAMPLE_ROWS
     if spec.num_partitions:
         wanted = spec.sample_rate * max(spec.num_partitions, _PQ_CODEWORDS)
-    fitting = int(budget_bytes * _SAMPLE_SHARE) // (4 * spec.dim)
+    fitting = sample_rows_fitting(spec.dim, budget_bytes)
     if fitting < min(spec.num_partitions, rows):
         raise BudgetExceeded(
             f"training {spec.num_partitions} lists of dimension {spec.dim} needs at least"
@@ -269,6 +284,58 @@ def sample_rows(spec: ResolvedSpec, *, rows: int, budget_bytes: int) -> int:
             budget_bytes=budget_bytes,
         )
     return max(1, min(wanted, fitting, rows))
+
+
+def sample_rows_fitting(dim: int, budget_bytes: int) -> int:
+    """Return how many training rows a worker may hold."""
+    return int(budget_bytes * _SAMPLE_SHARE) // (4 * dim)
+
+
+def training_parts(
+    *,
+    sample: int,
+    dim: int,
+    lists: int,
+    workers: int,
+    threads: int,
+    budget_bytes: int,
+    core_macs_per_second: float = _MACS_PER_CORE_SECOND,
+    driver_bytes_per_second: float = _DRIVER_BYTES_PER_SECOND,
+) -> int:
+    """Return over how many workers a training sample should be spread.
+
+    In an iteration of k-means each of ``p`` parts compares its share of the rows with the centroids, and the centroids
+    go to, and their sums come from, each part through the driver. With ``m`` multiply-adds and ``b`` bytes a second::
+
+        t(p) = sample * compared * dim / (p * m)  +  p * 12 * lists * dim / b
+
+    which is least where both terms are equal, at ``p = sqrt(sample * compared / lists * b / (12 * m))``: more parts
+    would wait for the driver. Rows are compared with all centroids, or through a graph with fewer. Without lists only
+    reading is shared, and the number is that of one that compares with all.
+
+    Parameters
+    ----------
+    sample : int
+        Training rows.
+    dim : int
+        Dimension of the column.
+    lists : int
+        IVF lists; 0 without.
+    workers : int
+        That there are.
+    threads : int
+        Cores of each.
+    budget_bytes : int
+        Memory per worker: there are at least as many parts as can hold the sample, if there are as many workers.
+    core_macs_per_second, driver_bytes_per_second : float
+        Multiply-adds of a core, and what the driver sends and receives.
+    """
+    compared = min(lists, _GRAPH_COMPARED) / lists if lists else 1.0
+    best = math.sqrt(
+        sample * compared * driver_bytes_per_second / (_COORDINATE_BYTES * core_macs_per_second * max(threads, 1))
+    )
+    holding = -(-sample // max(sample_rows_fitting(dim, budget_bytes), 1))
+    return max(1, min(workers, max(holding, round(best))))
 
 
 def encode_peak_bytes(cost: RowCost, rows: int) -> int:
@@ -284,7 +351,12 @@ def encode_peak_bytes(cost: RowCost, rows: int) -> int:
 
 
 def plan_tasks(
-    fragments: Sequence[FragmentState], cost: RowCost, *, num_shards: int | None, budget_bytes: int
+    fragments: Sequence[FragmentState],
+    cost: RowCost,
+    *,
+    num_shards: int | None,
+    budget_bytes: int,
+    split: bool = False,
 ) -> tuple[ShardTask, ...]:
     """Divide fragments into shards of neighbours with about equal rows.
 
@@ -295,47 +367,46 @@ def plan_tasks(
     cost : RowCost
         Of the index.
     num_shards : int or None
-        Shards wanted (at most one per fragment is made); None for as few as the budget allows.
+        Shards wanted (at most one per fragment, or part of one, is made); None for as few as the budget allows.
     budget_bytes : int
         Memory per worker.
+    split : bool
+        Cut a fragment that does not fit the budget into equal parts that do.
 
     Returns
     -------
     tuple of ShardTask
-        Every fragment in exactly one, in order.
+        Every row in exactly one, in order.
 
     Raises
     ------
     BudgetExceeded
         If a shard does not fit the budget, with the numbers.
     """
-    rows = [fragment.physical_rows for fragment in fragments]
+    fitting = _rows_fitting(cost, budget_bytes)
+    pieces = _pieces(fragments, fitting if split and fitting >= _MIN_PART_ROWS else None)
+    rows = [piece.rows for piece in pieces]
     if num_shards is not None:
         groups = _divide(rows, min(num_shards, len(rows)))
     else:
-        fitting = max(_rows_fitting(cost, budget_bytes), 1)
+        fitting = max(fitting, 1)
         count = min(max(-(-sum(rows) // fitting), 1), len(rows))
         groups = _divide(rows, count)
         while count < len(rows) and any(sum(rows[a:b]) > fitting for a, b in groups):
             count = min(count + max(count // 8, 1), len(rows))
             groups = _divide(rows, count)
-    tasks = tuple(_task(ordinal, fragments[a:b]) for ordinal, (a, b) in enumerate(groups))
+    tasks = tuple(_task(ordinal, pieces[a:b]) for ordinal, (a, b) in enumerate(groups))
     worst = max(tasks, key=lambda task: task.physical_rows)
-    needed = encode_peak_bytes(cost, worst.physical_rows)
-    if needed > budget_bytes:
-        more = "ask for more shards" if len(worst.fragments) > 1 else "write smaller fragments"
-        smaller = f", {more}, or choose smaller codes (IVF_PQ with num_bits=4)" if budget_bytes > _WORKING_BYTES else ""
-        raise BudgetExceeded(
-            f"a shard of {worst.physical_rows:,} rows (fragments {_named(worst.fragment_ids)}) needs"
-            f" {needed:,} bytes, {_WORKING_BYTES:,} of them for the work itself; the budget is {budget_bytes:,}",
-            remedy=f"Raise memory_budget_bytes to {needed:,}{smaller}",
-            needed_bytes=needed,
-            budget_bytes=budget_bytes,
-        )
+    if encode_peak_bytes(cost, worst.physical_rows) > budget_bytes:
+        more = "ask for more shards" if len(tasks) < len(pieces) else "" if split else "write smaller fragments"
+        least = _MIN_PART_ROWS if split and num_shards is None else worst.physical_rows
+        raise _does_not_fit(worst, cost, budget_bytes, rows=min(worst.physical_rows, least), more=more)
     return tasks
 
 
-def estimate(spec: ResolvedSpec, cost: RowCost, tasks: Sequence[ShardTask], *, sample: int, cores: int) -> Estimate:
+def estimate(
+    spec: ResolvedSpec, cost: RowCost, tasks: Sequence[ShardTask], *, sample: int, cores: int, holders: int = 1
+) -> Estimate:
     """Say what a planned build will take.
 
     Parameters
@@ -350,6 +421,8 @@ def estimate(spec: ResolvedSpec, cost: RowCost, tasks: Sequence[ShardTask], *, s
         Training rows.
     cores : int
         That work on it.
+    holders : int
+        Workers that the sample is spread over.
     """
     rows = sum(task.physical_rows for task in tasks)
     speed = _MACS_PER_CORE_SECOND * max(cores, 1)
@@ -366,7 +439,7 @@ def estimate(spec: ResolvedSpec, cost: RowCost, tasks: Sequence[ShardTask], *, s
     return Estimate(
         index_bytes=rows * cost.row_bytes + cost.fixed_bytes,
         sample_bytes=sample_bytes,
-        peak_bytes=max(2 * sample_bytes, encode_peak_bytes(cost, worst)),
+        peak_bytes=max(2 * sample_bytes // holders, encode_peak_bytes(cost, worst)),
         train_seconds=train / speed + subs * _SUB_VECTOR_SECONDS,
         encode_seconds=encode / speed + rows * _ROW_SECONDS,
     )
@@ -530,19 +603,60 @@ def _divide(rows: Sequence[int], count: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(borders))
 
 
-def _task(ordinal: int, fragments: Sequence[FragmentState]) -> ShardTask:
-    covers, first = [], 0
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A fragment, or consecutive rows of one."""
+
+    fragment: FragmentState
+    first: int
+    rows: int
+
+
+def _pieces(fragments: Sequence[FragmentState], most_rows: int | None) -> list[_Piece]:
+    """Cut fragments of more rows into equal parts; none without a limit."""
+    pieces = []
     for fragment in fragments:
+        total = fragment.physical_rows
+        count = 1 if most_rows is None else max(-(-total // most_rows), 1)
+        borders = [total * i // count for i in range(count + 1)]
+        pieces += [_Piece(fragment, first, end - first) for first, end in itertools.pairwise(borders)]
+    return pieces
+
+
+def _task(ordinal: int, pieces: Sequence[_Piece]) -> ShardTask:
+    covers, position = [], 0
+    for fragment, mine in itertools.groupby(pieces, key=lambda piece: piece.fragment):
+        parts = list(mine)  # neighbours: what was cut to be small enough may go together after all
+        rows = sum(part.rows for part in parts)
         covers.append(
             FragmentCover(
                 fragment_id=fragment.fragment_id,
                 physical_rows=fragment.physical_rows,
-                first_position=first,
+                first_position=position,
                 signature=fragment.signature,
+                part=None if rows == fragment.physical_rows else (parts[0].first, rows),
             )
         )
-        first += fragment.physical_rows
+        position += rows
     return ShardTask(ordinal=ordinal, fragments=tuple(covers))
+
+
+def _does_not_fit(task: ShardTask, cost: RowCost, budget_bytes: int, *, rows: int, more: str) -> BudgetExceeded:
+    """Return the error for a shard that would have to be of fewer rows than it can be."""
+    needed = encode_peak_bytes(cost, rows)
+    what = f"a shard of {rows:,} rows"
+    if rows < task.physical_rows:
+        what = f"even {what} of the {task.physical_rows:,}"
+    ways = [f"Raise memory_budget_bytes to {needed:,}"]
+    if budget_bytes > _WORKING_BYTES:
+        ways += [*([more] if more else []), "choose smaller codes (IVF_PQ with num_bits=4)"]
+    return BudgetExceeded(
+        f"{what} (fragments {_named(task.fragment_ids)}) needs {needed:,} bytes, {_WORKING_BYTES:,} of them for the"
+        f" work itself; the budget is {budget_bytes:,}",
+        remedy=f"{', '.join(ways[:-1])}, or {ways[-1]}" if len(ways) > 1 else ways[0],
+        needed_bytes=needed,
+        budget_bytes=budget_bytes,
+    )
 
 
 def _named(ids: Sequence[int]) -> str:

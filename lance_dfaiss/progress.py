@@ -108,6 +108,21 @@ class PhaseMeter:
         self._progress.finish(self._phase)
 
     @property
+    def phase(self) -> str:
+        """Name of the phase."""
+        return self._phase
+
+    @property
+    def rows(self) -> int:
+        """Rows counted so far."""
+        return self._rows
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes counted so far."""
+        return self._bytes
+
+    @property
     def seconds(self) -> float:
         """Since the phase began."""
         return time.perf_counter() - self._started

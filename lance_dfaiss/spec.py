@@ -7,8 +7,10 @@ turns an `IndexSpec` into a `ResolvedSpec`: the one that is stored.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from math import isfinite
+from numbers import Integral, Real
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -18,10 +20,12 @@ from .progress import Progress, SilentProgress
 from .types import (
     COARSE,
     DEFAULT_SEED,
+    EXECUTORS,
     INDEX_TYPES,
     METRICS,
     REFINES,
     Coarse,
+    Executor,
     Float32Array,
     IndexType,
     Metric,
@@ -32,6 +36,9 @@ from .types import (
 __all__ = ["BuildOptions", "IndexSpec", "ResolvedSpec", "SearchOptions", "check_index_name"]
 
 _T = TypeVar("_T")
+
+# Options that threads of this process have no use for.
+_RAY_ONLY = ("ray_address", "ray_remote_args", "task_deadline_seconds")
 
 _LANCE_ONLY_TYPES = ("IVF_HNSW_FLAT", "IVF_HNSW_SQ", "IVF_HNSW_PQ")
 
@@ -209,6 +216,20 @@ class BuildOptions:
         Refuse to commit an index that measures less recall@10 than this.
     index_uri : str or None
         fsspec URL or path under which generations are written instead of inside the dataset.
+    storage_options : mapping of str to str or None
+        For ``index_uri``; None for those that the dataset was opened with, where they fit.
+    executor : str
+        Who carries out the build: ``"local"``, threads of this process; ``"ray"``, workers of a Ray cluster;
+        ``"auto"``, Ray where this process is connected to a cluster or an option for Ray is given, else local.
+    ray_address : str or None
+        Cluster to join, as ``ray.init`` takes it; None for the one that this process is connected to, or, without
+        one, that ``RAY_ADDRESS`` names, or one started on this machine.
+    ray_remote_args : mapping or None
+        Options of every Ray worker, such as ``{"num_cpus": 4, "memory": 8 * 2**30}``.
+    task_deadline_seconds : float or None
+        A Ray task that makes no progress for so long is lost, and run again elsewhere; None for the runner's own.
+    namespace_impl, namespace_properties, table_id
+        The dataset as a table of a namespace: how workers open it, with credentials of their own.
     progress : Progress
         Listener.
     """
@@ -221,6 +242,14 @@ class BuildOptions:
     on_invalid: OnInvalid = "skip"
     min_recall: float | None = None
     index_uri: str | None = None
+    storage_options: Mapping[str, str] | None = field(default=None, repr=False)
+    executor: Executor = "auto"
+    ray_address: str | None = None
+    ray_remote_args: Mapping[str, Any] | None = None
+    task_deadline_seconds: float | None = None
+    namespace_impl: str | None = None
+    namespace_properties: Mapping[str, str] | None = field(default=None, repr=False)
+    table_id: Sequence[str] | None = None
     progress: Progress = field(default_factory=SilentProgress, compare=False)
 
     def __post_init__(self) -> None:
@@ -234,6 +263,44 @@ class BuildOptions:
                 f"min_recall must be between 0 and 1, not {self.min_recall!r}",
                 parameter="min_recall",
                 value=self.min_recall,
+            )
+        _choice("executor", self.executor, EXECUTORS)
+        self._check_ray()
+
+    @property
+    def names_ray(self) -> bool:
+        """Whether an option was given that only means something on Ray."""
+        return any(getattr(self, parameter) is not None for parameter in _RAY_ONLY)
+
+    def _check_ray(self) -> None:
+        wait = self.task_deadline_seconds
+        number = isinstance(wait, Real) and not isinstance(wait, bool)
+        if wait is not None and not (number and isfinite(wait) and wait > 0):
+            raise InvalidArgument(
+                f"task_deadline_seconds must be a number above 0, not {wait!r}",
+                parameter="task_deadline_seconds",
+                value=wait,
+            )
+        address, args = self.ray_address, self.ray_remote_args
+        if address is not None and (not isinstance(address, str) or not address):
+            raise InvalidArgument(
+                f"ray_address must be an address such as 'auto' or 'ray://host:10001', not {address!r}",
+                parameter="ray_address",
+                value=address,
+            )
+        if args is not None and not (isinstance(args, Mapping) and all(isinstance(key, str) for key in args)):
+            raise InvalidArgument(
+                f"ray_remote_args must be a mapping of names to values, not {args!r}",
+                parameter="ray_remote_args",
+                value=args,
+            )
+        if self.executor == "local" and self.names_ray:
+            given = next(parameter for parameter in _RAY_ONLY if getattr(self, parameter) is not None)
+            raise InvalidArgument(
+                f"{given} was given together with executor='local'",
+                remedy=f"Leave {given} out, or pass executor='ray'",
+                parameter=given,
+                value=getattr(self, given),
             )
 
 

@@ -7,12 +7,14 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .. import engine
 from ..errors import (
+    BudgetExceeded,
     CommitConflict,
     CorruptIndex,
     DatasetChanged,
@@ -24,8 +26,15 @@ from ..errors import (
     RecallTooLow,
     StorageError,
 )
-from ..lance_io import LanceDataset, PinnedDataset, VectorColumn, move_to_latest, open_dataset
-from ..machine import usable_cores, usable_memory_bytes
+from ..lance_io import (
+    DatasetPlace,
+    LanceDataset,
+    PinnedDataset,
+    VectorColumn,
+    has_foreign_client,
+    move_to_latest,
+    open_dataset,
+)
 from ..manifest import (
     BuildPlan,
     DatasetEntry,
@@ -36,16 +45,31 @@ from ..manifest import (
     decode_shard_record,
     encode,
 )
-from ..plan import Estimate, RowCost, estimate, plan_tasks, resolve_spec, sample_rows
+from ..plan import Estimate, RowCost, estimate, plan_tasks, resolve_spec, sample_rows, training_parts
 from ..pointers import FoundPointer, find_pointer, stored_pointers
 from ..progress import PhaseMeter, Progress, SilentProgress
 from ..spec import BuildOptions, IndexSpec, ResolvedSpec
-from ..storage import MAX_DOCUMENT_BYTES, Store, open_store
-from ..types import AUTO_RECALL_TARGET, DEFAULT_SEED, Coarse, Float32Array, IndexType, Metric, OnInvalid, Refine
+from ..storage import MAX_DOCUMENT_BYTES, Store, StorePlace
+from ..types import (
+    AUTO_RECALL_TARGET,
+    DEFAULT_SEED,
+    Coarse,
+    Executor,
+    Float32Array,
+    IndexType,
+    Metric,
+    OnInvalid,
+    Refine,
+)
 from .check import RecallMeter, ShardCheck
 from .commit import check_still_covered, publish_manifest, revived_in, write_manifest
 from .encode import EncodeJob
+from .executors import namespace_asked, open_runner, store_place, uses_ray, worker_budget_bytes, working_cores
 from .lease import Lease, is_leased
+from .parts import PartRecipe
+from .ray_runner import RayRunner
+from .ray_training import train_on_ray
+from .report import ReportBook, TimedWork
 from .runner import LocalRunner
 from .train import TrainedModel, find_trained, load_arrays, train
 
@@ -60,6 +84,9 @@ _PROBE_ROWS = 4_096
 
 # After these nothing that was built can be of use to a second try.
 _HOPELESS = (InvalidVectors, InsufficientData, CommitConflict, DatasetChanged)
+
+# Nor after these, if there is no model yet.
+_HOPELESS_UNTRAINED = (BudgetExceeded, InvalidArgument)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,10 +103,16 @@ class PlannedBuild:
         The dataset version it is built over.
     column : VectorColumn
         The vector column.
+    place : DatasetPlace
+        The same version, for other processes.
     store : Store
         Where generations lie.
+    store_place : StorePlace
+        The same, for other processes.
     previous : FoundPointer or None
         Index of the same name that it will replace.
+    on_ray : bool
+        Whether Ray's workers build it.
     plan : BuildPlan
         Index, shards and fragments, with nothing left open.
     cost : RowCost
@@ -98,8 +131,11 @@ class PlannedBuild:
     options: BuildOptions
     pinned: PinnedDataset
     column: VectorColumn
+    place: DatasetPlace
     store: Store
+    store_place: StorePlace
     previous: FoundPointer | None
+    on_ray: bool
     plan: BuildPlan
     cost: RowCost
     rows: int
@@ -109,7 +145,7 @@ class PlannedBuild:
 
 
 def create_index(
-    dataset: str | os.PathLike[str] | LanceDataset,
+    dataset: str | os.PathLike[str] | LanceDataset | None,
     column: str,
     index_type: IndexType = "AUTO",
     name: str | None = None,
@@ -136,14 +172,21 @@ def create_index(
     seed: int = DEFAULT_SEED,
     storage_options: Mapping[str, str] | None = None,
     block_size: int | None = None,
+    executor: Executor = "auto",
+    ray_address: str | None = None,
+    ray_remote_args: Mapping[str, Any] | None = None,
+    task_deadline_seconds: float | None = None,
+    namespace_impl: str | None = None,
+    namespace_properties: Mapping[str, str] | None = None,
+    table_id: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> LanceDataset:
     """Build a FAISS index over a vector column and commit it to the dataset.
 
     Parameters
     ----------
-    dataset : str, path or lance.LanceDataset
-        The dataset; built over the version that the handle is at.
+    dataset : str, path, lance.LanceDataset or None
+        The dataset; built over the version that the handle is at. None for a table of a namespace.
     column : str
         Vector column, dotted for a nested field.
     index_type : str
@@ -172,9 +215,10 @@ def create_index(
     num_shards, num_segments : int, optional
         Shards to write (two names for one thing); by default as few as the budget allows.
     num_workers : int
-        Shards encoded at the same time.
+        Shards encoded at the same time: threads of this process, or workers of a Ray cluster.
     memory_budget_bytes : int, optional
-        Per worker; by default half of the machine's memory divided by the workers.
+        Per worker; by default half of this machine's memory divided by the workers that share a machine. Ray's are
+        reckoned to be on machines like this one, as many on each as it has cores for.
     on_invalid : str
         ``"skip"`` counts and skips null, non-finite and (cosine) zero vectors, ``"error"`` refuses them.
     min_recall : float, optional
@@ -186,9 +230,28 @@ def create_index(
     seed : int
         Of sampling and k-means: the same rows and seed give the same model.
     storage_options : mapping, optional
-        For a dataset given by URI.
+        For a dataset given by URI or in a namespace, and for ``index_uri``; workers get them too. Credentials that
+        are not in them but in the environment must be in the environment of every worker.
     block_size : int, optional
-        Lance's read block size in bytes, for a dataset given by URI.
+        Lance's read block size in bytes, for a dataset given by URI or in a namespace.
+    executor : str
+        ``"local"``, ``"ray"``, or ``"auto"``: Ray where this process is connected to a cluster already (``ray.init``)
+        or an option for Ray is given, else local.
+    ray_address : str, optional
+        Cluster to join, as ``ray.init`` takes it; by default the one that this process is connected to, or, without
+        one, that ``RAY_ADDRESS`` names, or one started on this machine.
+    ray_remote_args : mapping, optional
+        Options of every Ray worker, such as ``{"num_cpus": 4, "memory": 8 * 2**30}``.
+    task_deadline_seconds : float, optional
+        A Ray task that makes no progress for so long is taken for lost and run again, elsewhere where that can be.
+    namespace_impl : str, optional
+        ``"dir"``, ``"rest"`` or the full name of a class: the dataset is a table of such a namespace. Workers open it
+        there too, so that the credentials they are given are their own and are renewed. Beside a handle it tells the
+        workers how to open the same table: what a handle's own client was made from cannot be asked of it.
+    namespace_properties : mapping, optional
+        Settings of the namespace.
+    table_id : sequence of str, optional
+        Path of the table in the namespace.
     progress : Progress, optional
         Listener.
 
@@ -235,9 +298,19 @@ def create_index(
         on_invalid=on_invalid,
         min_recall=min_recall,
         index_uri=index_uri,
+        storage_options=storage_options,
+        executor=executor,
+        ray_address=ray_address,
+        ray_remote_args=ray_remote_args,
+        task_deadline_seconds=task_deadline_seconds,
+        namespace_impl=namespace_impl,
+        namespace_properties=namespace_properties,
+        table_id=table_id,
         progress=SilentProgress() if progress is None else progress,
     )
-    handle = open_dataset(dataset, storage_options=storage_options, block_size=block_size)
+    handle = open_dataset(
+        dataset, storage_options=storage_options, block_size=block_size, namespace=namespace_asked(options)
+    )
     run_build(plan_index(handle, spec, options))
     move_to_latest(handle)
     return handle
@@ -260,7 +333,7 @@ def plan_index(dataset: LanceDataset, spec: IndexSpec, options: BuildOptions) ->
     IndexExists, InvalidArgument, UnknownColumn, InsufficientData, BudgetExceeded, ReadOnlyStorage
         With what was expected, found, and what to do.
     """
-    pinned = PinnedDataset(dataset)
+    pinned = PinnedDataset(dataset, options.storage_options)
     column = pinned.vector_column(spec.column)
     states = pinned.fragments(column)
     rows = sum(state.live_rows for state in states)
@@ -269,7 +342,7 @@ def plan_index(dataset: LanceDataset, spec: IndexSpec, options: BuildOptions) ->
         dim=column.dim,
         rows=_usable_rows(pinned, column, spec, rows),
         largest_fragment_rows=max((state.physical_rows for state in states), default=0),
-        budget_bytes=_budget(options),
+        budget_bytes=worker_budget_bytes(options),
         parts=None if spec.factory is None else engine.split_factory(spec.factory),
     )
     return plan_resolved(pinned, column, spec, resolved, options, _previous(pinned, spec, options))
@@ -302,11 +375,22 @@ def plan_resolved(
     """
     states = pinned.fragments(column)
     rows = sum(state.live_rows for state in states)
-    budget = _budget(options)
+    budget, on_ray = worker_budget_bytes(options), uses_ray(options)
     engine.check_trainable(resolved, rows)
     cost = engine.footprint(resolved.factory, column.dim, resolved.metric, resolved.refine)
-    tasks = plan_tasks(states, cost, num_shards=options.num_shards, budget_bytes=budget)
-    sample = sample_rows(resolved, rows=rows, budget_bytes=budget)
+    tasks = plan_tasks(states, cost, num_shards=options.num_shards, budget_bytes=budget, split=True)
+    # On Ray the sample is spread over the workers.
+    holders = options.num_workers if on_ray else 1
+    sample = sample_rows(resolved, rows=rows, budget_bytes=budget * holders)
+    if on_ray:
+        holders = training_parts(
+            sample=sample,
+            dim=resolved.dim,
+            lists=resolved.num_partitions,
+            workers=options.num_workers,
+            threads=working_cores(options) // options.num_workers,
+            budget_bytes=budget,
+        )
     plan = BuildPlan(
         generation=str(uuid.uuid4()),
         name=spec.name,
@@ -330,19 +414,30 @@ def plan_resolved(
             remedy="Call checkout_latest() on the handle first",
             fragments=tuple(added),
         )
+    place_of_store = store_place(pinned, options.index_uri)
+    place = DatasetPlace.of(pinned, namespace_asked(options))
+    if on_ray and place.namespace is None and has_foreign_client(pinned.lance):
+        _log.warning(
+            "the handle of %s was opened with a namespace client, which cannot be sent to workers: they get the"
+            " credentials of now, and fail when these expire; pass namespace_impl, namespace_properties and table_id",
+            pinned.uri,
+        )
     return PlannedBuild(
         spec=spec,
         options=options,
         pinned=pinned,
         column=column,
-        store=_writable_store(pinned, options),
+        place=place,
+        store=_writable_store(pinned, place_of_store),
+        store_place=place_of_store,
         previous=previous,
+        on_ray=on_ray,
         plan=plan,
         cost=cost,
         rows=rows,
         sample_rows=sample,
         budget_bytes=budget,
-        estimate=estimate(resolved, cost, tasks, sample=sample, cores=usable_cores()),
+        estimate=estimate(resolved, cost, tasks, sample=sample, cores=working_cores(options), holders=holders),
     )
 
 
@@ -380,34 +475,44 @@ def run_build(planned: PlannedBuild, *, parent: str | None = None) -> Manifest:
             # deletions can differ. More of them are masked when the index is opened; shards with fewer are dropped.
             plan = found
     try:
-        with Lease.hold(planned.store, plan.generation, root=pinned.root) as lease:
-            return _phases(planned, plan, pinned, lease, parent)
+        # The workers first: without them nothing is written.
+        with (
+            open_runner(planned.options) as runner,
+            Lease.hold(planned.store, plan.generation, root=pinned.root) as lease,
+        ):
+            return _phases(planned, plan, pinned, lease, parent, runner)
     except _HOPELESS:
         remove_unfinished(planned.store, plan.generation)
+        raise
+    except _HOPELESS_UNTRAINED:
+        remove_unfinished(planned.store, plan.generation, unless_trained=True)
         raise
 
 
 def _phases(
-    planned: PlannedBuild, plan: BuildPlan, pinned: PinnedDataset, lease: Lease, parent: str | None
+    planned: PlannedBuild,
+    plan: BuildPlan,
+    pinned: PinnedDataset,
+    lease: Lease,
+    parent: str | None,
+    runner: LocalRunner | RayRunner,
 ) -> Manifest:
-    store, progress, seconds = planned.store, planned.options.progress, []
+    store, progress = planned.store, planned.options.progress
+    book = ReportBook(executor="ray" if planned.on_ray else "local", workers=planned.options.num_workers)
     meter = PhaseMeter(progress, "train", planned.sample_rows)
-    trained = find_trained(plan, store)
-    if trained is None:
-        trained = train(
-            plan, planned.spec, pinned=pinned, column=planned.column, store=store, rows=planned.sample_rows, meter=meter
-        )
-    lease.check()
+    # Before the model: whoever goes on finds an unfinished build, and so its model, by the plan.
     if not store.exists(f"{plan.generation}/{_PLAN_FILE}"):
         store.write(f"{plan.generation}/{_PLAN_FILE}", encode(plan))
+    trained = _train(planned, plan, pinned, runner, meter)
+    lease.check()
     meter.finish()
-    seconds.append(("train", meter.seconds))
+    book.end(meter)
     _log.info("index %r: model %s trained on %d rows", plan.name, plan.spec.factory, trained.record.sampled_rows)
 
     meter = PhaseMeter(progress, "encode", sum(task.physical_rows for task in plan.tasks))
-    records = _encode(planned, plan, pinned, trained, meter)
+    records = _encode(planned, plan, pinned, trained, runner, meter, book)
     meter.finish()
-    seconds.append(("encode", meter.seconds))
+    book.end(meter)
     indexed = sum(record.indexed_rows for record in records)
     _log.info("index %r: %d rows encoded in %d shards, %.1f s", plan.name, indexed, len(records), meter.seconds)
 
@@ -415,13 +520,13 @@ def _phases(
     meter = PhaseMeter(progress, "check")
     recall = _check(planned, plan, store, records, meter)
     meter.finish()
-    seconds.append(("check", meter.seconds))
+    book.end(meter)
 
     meter = PhaseMeter(progress, "commit")
     added = check_still_covered(plan, pinned.latest(), planned.column, [record.cover for record in records])
     if added:
         _log.warning("index %r does not cover fragments that were added while it was built: %s", plan.name, added[:10])
-    manifest = write_manifest(plan, trained, records, recall=recall, seconds=seconds, parent=parent)
+    manifest = write_manifest(plan, trained, records, recall=recall, seconds=book.seconds, parent=parent)
     publish_manifest(
         manifest,
         pinned=pinned,
@@ -431,12 +536,50 @@ def _phases(
         lease=lease,
     )
     meter.finish()
+    book.end(meter)
+    book.write(store, plan.generation)
     _log.info("index %r: generation %s is current", plan.name, plan.generation)
     return manifest
 
 
+def _train(
+    planned: PlannedBuild, plan: BuildPlan, pinned: PinnedDataset, runner: LocalRunner | RayRunner, meter: PhaseMeter
+) -> TrainedModel:
+    store = planned.store
+    trained = find_trained(plan, store)
+    if trained is not None:
+        return trained
+    if isinstance(runner, RayRunner):
+        recipe = PartRecipe(
+            place=planned.place,
+            store_place=planned.store_place,
+            column=planned.column,
+            spec=plan.spec,
+            rows=planned.sample_rows,
+        )
+        return train_on_ray(
+            runner,
+            recipe,
+            plan,
+            planned.spec,
+            store=store,
+            rows=planned.rows,
+            budget_bytes=planned.budget_bytes,
+            meter=meter,
+        )
+    return train(
+        plan, planned.spec, pinned=pinned, column=planned.column, store=store, rows=planned.sample_rows, meter=meter
+    )
+
+
 def _encode(
-    planned: PlannedBuild, plan: BuildPlan, pinned: PinnedDataset, trained: TrainedModel, meter: PhaseMeter
+    planned: PlannedBuild,
+    plan: BuildPlan,
+    pinned: PinnedDataset,
+    trained: TrainedModel,
+    runner: LocalRunner | RayRunner,
+    meter: PhaseMeter,
+    book: ReportBook,
 ) -> list[ShardRecord]:
     finished = _finished_records(plan, trained, planned.store) if planned.options.resume else {}
     states = pinned.fragments(planned.column)
@@ -447,14 +590,18 @@ def _encode(
         pinned=pinned,
         column=planned.column,
         trained=trained,
+        place=planned.place,
         store=planned.store,
+        store_place=planned.store_place,
         on_invalid=planned.options.on_invalid,
         meter=meter,
     )
     waiting = [task for task in plan.tasks if task.ordinal not in finished]
-    for record in LocalRunner(planned.options.num_workers).run(job, waiting):
+    work = TimedWork(job)
+    for record in runner.run(work, waiting):
         finished[record.ordinal] = record
     records = [finished[task.ordinal] for task in plan.tasks]
+    book.enter_tasks(records, runner.reports if isinstance(runner, RayRunner) else work.times)
     if not any(record.indexed_rows for record in records):
         raise InvalidVectors(
             f"column {planned.column.name!r} holds no usable vector", column=planned.column.name, row_ids=()
@@ -499,9 +646,16 @@ def _check(
 
 
 def _find_unfinished(planned: PlannedBuild) -> BuildPlan | None:
-    """Return the plan of an interrupted build of the same thing over the same rows, if there is one."""
+    """Return the plan of an interrupted build of the same thing over the same rows, the one that got furthest."""
     store, wanted = planned.store, planned.plan
-    for file in store.list(""):
+    files = store.list("")
+    finished = Counter(
+        generation
+        for generation, _, name in (file.name.partition("/") for file in files)
+        if name.startswith(("model-", "shard-")) and name.endswith(".json")
+    )
+    candidates = []
+    for file in files:
         if file.name.partition("/")[2] != _PLAN_FILE:
             continue
         found = decode_plan(store.read(file.name, max_bytes=MAX_DOCUMENT_BYTES), location=file.name)
@@ -512,8 +666,8 @@ def _find_unfinished(planned: PlannedBuild) -> BuildPlan | None:
             wanted.previous,
         )
         if same and _signatures(found) == _signatures(wanted) and found.dataset.field_id == wanted.dataset.field_id:
-            return found
-    return None
+            candidates.append(found)
+    return max(candidates, key=lambda plan: finished[plan.generation], default=None)
 
 
 def _finished_records(plan: BuildPlan, trained: TrainedModel, store: Store) -> dict[int, ShardRecord]:
@@ -549,12 +703,12 @@ def _previous(pinned: PinnedDataset, spec: IndexSpec, options: BuildOptions) -> 
     return find_pointer(newest, spec.name, options.index_uri)
 
 
-def _writable_store(pinned: PinnedDataset, options: BuildOptions) -> Store:
-    if options.index_uri is not None:
-        store = open_store(options.index_uri)
+def _writable_store(pinned: PinnedDataset, place: StorePlace) -> Store:
+    pinned.check_commits()  # the commit asks too, but that is an hour later
+    store = place.open(pinned.session_store)
+    if place.url is not None:
         store.check_writable()
         return store
-    store = pinned.session_store()
     try:
         pinned.check_writable()
         store.check_writable()
@@ -584,12 +738,12 @@ def _request_digest(spec: IndexSpec, options: BuildOptions) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
-def remove_unfinished(store: Store, generation: str) -> None:
+def remove_unfinished(store: Store, generation: str, *, unless_trained: bool = False) -> None:
     """Delete what a build has written, unless it may be current, or somebody still works on it.
 
     It may be current as soon as there is a manifest: ours, if the answer to its commit was lost, or that of a twin
-    that resumed the same build. What stays is for gc. Raises nothing of the store's: called after an error that
-    matters more.
+    that resumed the same build. What stays is for gc. With ``unless_trained``, neither is a generation deleted that has
+    a model. Raises nothing of the store's: called after an error that matters more.
     """
     try:
         # The lease first: a twin gives it back after it has written its manifest.
@@ -597,6 +751,8 @@ def remove_unfinished(store: Store, generation: str) -> None:
             _log.warning("generation %s is still held: its files are left to gc", generation)
             return
         files = store.list(generation)
+        if unless_trained and any(file.name.startswith(f"{generation}/model-") for file in files):
+            return
         if any(file.name.startswith(f"{generation}/manifest") for file in files):
             _log.warning("generation %s has a manifest, so it may be current: its files are left to gc", generation)
             return
@@ -604,10 +760,6 @@ def remove_unfinished(store: Store, generation: str) -> None:
             store.delete(file.name)
     except (StorageError, CorruptIndex) as failure:
         _log.warning("what is left of generation %s is left to gc: %s", generation, failure)
-
-
-def _budget(options: BuildOptions) -> int:
-    return options.memory_budget_bytes or usable_memory_bytes() // 2 // options.num_workers
 
 
 def _one_of(num_shards: int | None, num_segments: int | None) -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from .._version import __version__
-from ..lance_io import LanceDataset, PinnedDataset, open_dataset
+from ..lance_io import LanceDataset, Namespace, PinnedDataset, open_dataset
 from ..manifest import DatasetEntry, Manifest, ShardRecord, SkipCounts, encode
 from ..pointers import IN_DATASET, find_pointer
 from ..search.load import Generation, read_generation
@@ -203,12 +203,13 @@ class CurrentIndex:
 
 
 def open_current(
-    dataset: str | os.PathLike[str] | LanceDataset,
+    dataset: str | os.PathLike[str] | LanceDataset | None,
     name: str | None,
     *,
     index_uri: str | None,
     allowed_index_uris: Sequence[str],
     storage_options: Mapping[str, str] | None,
+    namespace: Namespace | None = None,
 ) -> CurrentIndex:
     """Open the current generation of an index at the newest version; loads no shard.
 
@@ -217,8 +218,8 @@ def open_current(
     IndexNotFound, CorruptIndex, UntrustedLocation, DatasetChanged
         As `open_index` does.
     """
-    handle = open_dataset(dataset, storage_options=storage_options)
-    pinned = PinnedDataset(handle).latest()
+    handle = open_dataset(dataset, storage_options=storage_options, namespace=namespace)
+    pinned = PinnedDataset(handle, storage_options).latest()
     found = find_pointer(pinned, name, index_uri)
     trusted = (*allowed_index_uris, *(() if index_uri is None else (index_uri,)))
     generation = read_generation(pinned, found, trusted)

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..engine import Mask, Segment, ShardEncoder, prepare, save_shard
 from ..errors import DatasetChanged, InvalidVectors
-from ..lance_io import Block, PinnedDataset, VectorColumn
-from ..manifest import BuildPlan, Cover, RunTable, ShardRecord, ShardTask, SkipCounts, encode
-from ..progress import PhaseMeter
-from ..storage import Store
+from ..lance_io import Block, DatasetPlace, PinnedDataset, VectorColumn
+from ..manifest import BuildPlan, Cover, FragmentCover, RunTable, ShardRecord, ShardTask, SkipCounts, encode
+from ..storage import Store, StorePlace
 from ..types import Float32Array, Int64Array, OnInvalid
 from .ahead import read_ahead
 from .check import RECALL_K, ExactScorer, ShardCheck, arrays_of, check_widths, k_factors
 from .runner import TaskStopped
 from .tables import constant_runs, false_runs, id_runs, join_constant_runs, join_id_runs
-from .train import TrainedModel, save_arrays
+from .train import TrainedModel, load_trained, save_arrays
 
-__all__ = ["EncodeJob", "write_shard"]
+__all__ = ["Counter", "EncodeJob", "EncodeRecipe", "write_shard"]
 
 _MAX_NAMED_ROWS = 10
+
+
+class Counter(Protocol):
+    """Is told what has been done; from any thread."""
+
+    def add(self, rows: int = 0, num_bytes: int = 0) -> None:
+        """Count rows and bytes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,11 +50,15 @@ class EncodeJob:
         What is read.
     trained : TrainedModel
         Model and held-out queries.
+    place : DatasetPlace
+        The same version, for other processes.
     store : Store
         Where generations lie.
+    store_place : StorePlace
+        The same, for other processes.
     on_invalid : str
         ``"skip"`` or ``"error"``.
-    meter : PhaseMeter
+    meter : Counter
         Told of rows and bytes.
     offsets : mapping of int to numpy.ndarray
         int64 physical offsets of the rows to encode, of fragments that are not encoded whole.
@@ -57,15 +68,35 @@ class EncodeJob:
     pinned: PinnedDataset
     column: VectorColumn
     trained: TrainedModel
+    place: DatasetPlace
     store: Store
+    store_place: StorePlace
     on_invalid: OnInvalid
-    meter: PhaseMeter
+    meter: Counter
     offsets: Mapping[int, Int64Array] = field(default_factory=dict)
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def stop(self) -> None:
         """Make running tasks end at their next block."""
         self.stopped.set()
+
+    def progressed(self, rows: int, num_bytes: int) -> None:
+        """Book what another process has done."""
+        self.meter.add(rows, num_bytes)
+
+    def recipe(self) -> EncodeRecipe:
+        """Return what another process needs to encode shards of this build."""
+        return EncodeRecipe(
+            # A worker is told its own task; those of a large dataset would be megabytes.
+            plan=replace(self.plan, tasks=()),
+            place=self.place,
+            column=self.column,
+            store_place=self.store_place,
+            model=self.trained.record_name,
+            checked=len(self.trained.held_out.vectors) > 0,
+            on_invalid=self.on_invalid,
+            offsets=self.offsets,
+        )
 
     def _go_on(self) -> None:
         if self.stopped.is_set():
@@ -97,14 +128,17 @@ class EncodeJob:
 
     def _blocks(self, task: ShardTask) -> Generator[Block, None, None]:
         metric = self.plan.spec.metric
-        if self.offsets.keys().isdisjoint(task.fragment_ids):
+        whole = all(cover.part is None for cover in task.fragments)
+        if whole and self.offsets.keys().isdisjoint(task.fragment_ids):
             return self.pinned.blocks(self.column, task.fragment_ids, metric)
         return self._parts(task)
 
     def _parts(self, task: ShardTask) -> Generator[Block, None, None]:
-        for fragment_id in task.fragment_ids:
-            offsets = self.offsets.get(fragment_id)
-            with closing(self.pinned.rows(self.column, fragment_id, offsets, self.plan.spec.metric)) as blocks:
+        metric = self.plan.spec.metric
+        for cover in task.fragments:
+            offsets = self.offsets.get(cover.fragment_id)
+            blocks = self.pinned.rows(self.column, cover.fragment_id, offsets, metric, part=cover.part)
+            with closing(blocks):
                 yield from blocks
 
     def _usable(
@@ -120,9 +154,9 @@ class EncodeJob:
 
     def _scorer(self, task: ShardTask) -> ExactScorer:
         held_out = self.trained.held_out
-        firsts = {cover.fragment_id: cover.first_position for cover in task.fragments}
+        covers = {cover.fragment_id: cover for cover in task.fragments}
         own = [
-            firsts[fragment] + offset if fragment in firsts else -1
+            _position(covers[fragment], offset) if fragment in covers else -1
             for fragment, offset in zip(held_out.fragment_ids.tolist(), held_out.offsets.tolist(), strict=True)
         ]
         return ExactScorer(
@@ -176,6 +210,78 @@ class EncodeJob:
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class EncodeRecipe:
+    """How another process comes to do an `EncodeJob`.
+
+    Parameters
+    ----------
+    plan : BuildPlan
+        What is built; without tasks.
+    place : DatasetPlace
+        The plan's version.
+    column : VectorColumn
+        What is read.
+    store_place : StorePlace
+        Where generations lie.
+    model : str
+        Name of the record of the model; it names the held-out queries.
+    checked : bool
+        Whether recall is measured with these.
+    on_invalid : str
+        ``"skip"`` or ``"error"``.
+    offsets : mapping of int to numpy.ndarray
+        int64 physical offsets of the rows to encode, of fragments that are not encoded whole.
+    """
+
+    plan: BuildPlan
+    place: DatasetPlace
+    column: VectorColumn
+    store_place: StorePlace
+    model: str
+    checked: bool
+    on_invalid: OnInvalid
+    offsets: Mapping[int, Int64Array]
+
+    def open(self, progressed: Callable[[int, int], None]) -> EncodeJob:
+        """Open dataset, store and model in the process that encodes.
+
+        Parameters
+        ----------
+        progressed : callable
+            Told rows and bytes.
+
+        Raises
+        ------
+        StorageError, CorruptIndex, InvalidArgument
+            If one of them cannot be opened there.
+        """
+        pinned = self.place.open()
+        store = self.store_place.open(pinned.session_store)
+        return EncodeJob(
+            plan=self.plan,
+            pinned=pinned,
+            column=self.column,
+            trained=load_trained(self.plan, store, self.model, queries=self.checked),
+            place=self.place,
+            store=store,
+            store_place=self.store_place,
+            on_invalid=self.on_invalid,
+            meter=_Told(progressed),
+            offsets=self.offsets,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """A counter that passes on what it is told."""
+
+    progressed: Callable[[int, int], None]
+
+    def add(self, rows: int = 0, num_bytes: int = 0) -> None:
+        self.progressed(rows, num_bytes)
+
+
 def write_shard(
     encoder: ShardEncoder,
     store: Store,
@@ -225,12 +331,18 @@ def write_shard(
     return record
 
 
+def _position(cover: FragmentCover, offset: int) -> int:
+    """Return the position of a row of a fragment; -1 if it is in a part that the shard does not have."""
+    within = offset - cover.first_offset
+    return cover.first_position + within if 0 <= within < cover.positions else -1
+
+
 class _RowBook:
     """Keeps account of a shard's positions while its rows stream by."""
 
     def __init__(self, task: ShardTask, *, stable: bool) -> None:
         self._task = task
-        self._firsts = {cover.fragment_id: (cover.first_position, cover.physical_rows) for cover in task.fragments}
+        self._covers = {cover.fragment_id: cover for cover in task.fragments}
         self._stable = stable
         self._runs: list[NDArray[np.uint64]] = []
         self._updated: list[NDArray[np.uint64]] = []
@@ -240,7 +352,8 @@ class _RowBook:
 
     def book(self, block: Block) -> Int64Array:
         """Enter a block; return the positions of its usable rows."""
-        first, physical_rows = self._firsts[block.fragment_id]
+        cover = self._covers[block.fragment_id]
+        first, physical_rows = cover.first_position - cover.first_offset, cover.physical_rows
         if len(block.row_offsets) and int(block.row_offsets[-1]) >= physical_rows:
             raise DatasetChanged(
                 f"fragment {block.fragment_id} has a row at offset {int(block.row_offsets[-1])},"

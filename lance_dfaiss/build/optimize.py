@@ -6,8 +6,9 @@ import logging
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,16 +16,17 @@ from numpy.typing import NDArray
 from .. import engine
 from ..errors import BudgetExceeded, InvalidArgument
 from ..lance_io import LanceDataset, move_to_latest
-from ..machine import usable_memory_bytes
+from ..machine import usable_cores
 from ..manifest import Cover, ShardRecord, ShardTask
 from ..plan import FragmentState, RowCost, encode_peak_bytes, plan_tasks
 from ..progress import PhaseMeter, Progress, SilentProgress
 from ..search.load import load_model_of
 from ..search.places import Places, split_addresses
 from ..spec import BuildOptions, IndexSpec
-from ..types import Int64Array
+from ..types import Executor, Int64Array
 from .create import plan_resolved, remove_unfinished, run_build
 from .current import CurrentIndex, open_current
+from .executors import namespace_asked, uses_ray, worker_budget_bytes
 from .move import MoveJob, Source, places_within
 from .regroup import Regrouping, ShardState, regroup
 from .runner import LocalRunner
@@ -65,7 +67,7 @@ class OptimizeReport:
 
 
 def optimize_index(
-    dataset: str | os.PathLike[str] | LanceDataset,
+    dataset: str | os.PathLike[str] | LanceDataset | None,
     name: str | None = None,
     *,
     retrain: bool = False,
@@ -75,6 +77,13 @@ def optimize_index(
     index_uri: str | None = None,
     allowed_index_uris: Sequence[str] = (),
     storage_options: Mapping[str, str] | None = None,
+    executor: Executor = "auto",
+    ray_address: str | None = None,
+    ray_remote_args: Mapping[str, Any] | None = None,
+    task_deadline_seconds: float | None = None,
+    namespace_impl: str | None = None,
+    namespace_properties: Mapping[str, str] | None = None,
+    table_id: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> OptimizeReport:
     """Join small shards that updates added, and rewrite shards with many dead entries.
@@ -85,8 +94,8 @@ def optimize_index(
 
     Parameters
     ----------
-    dataset : str, path or lance.LanceDataset
-        The dataset; a handle is moved to the version that has the new generation.
+    dataset : str, path, lance.LanceDataset or None
+        The dataset, None for a table of a namespace; a handle is moved to the version that has the new generation.
     name : str, optional
         Index name; may be left out when there is one.
     retrain : bool
@@ -105,7 +114,12 @@ def optimize_index(
     allowed_index_uris : sequence of str
         Places outside the dataset that its pointer may lead to.
     storage_options : mapping, optional
-        For a dataset given by URI.
+        For a dataset given by URI or in a namespace, and for an index that lies outside of it.
+    executor, ray_address, ray_remote_args, task_deadline_seconds
+        Who trains the new model and encodes with it, as for `create_index`. Shards are joined by threads of this
+        process.
+    namespace_impl, namespace_properties, table_id
+        The dataset as a table of a namespace, as for `create_index`.
     progress : Progress, optional
         Listener.
 
@@ -132,6 +146,14 @@ def optimize_index(
     options = BuildOptions(
         num_workers=num_workers,
         memory_budget_bytes=memory_budget_bytes,
+        storage_options=storage_options,
+        executor=executor,
+        ray_address=ray_address,
+        ray_remote_args=ray_remote_args,
+        task_deadline_seconds=task_deadline_seconds,
+        namespace_impl=namespace_impl,
+        namespace_properties=namespace_properties,
+        table_id=table_id,
         progress=SilentProgress() if progress is None else progress,
     )
     _check_share(max_dead_share)
@@ -141,6 +163,7 @@ def optimize_index(
         index_uri=index_uri,
         allowed_index_uris=allowed_index_uris,
         storage_options=storage_options,
+        namespace=namespace_asked(options),
     )
     done = _retrain(current, options) if retrain else _regroup(current, options, max_dead_share, started)
     move_to_latest(current.handle)
@@ -176,13 +199,7 @@ def _retrain(current: CurrentIndex, options: BuildOptions) -> _Done:
         sample_rate=resolved.sample_rate,
         seed=resolved.seed,
     )
-    options = BuildOptions(
-        replace=True,
-        num_workers=options.num_workers,
-        memory_budget_bytes=options.memory_budget_bytes,
-        index_uri=current.index_uri,
-        progress=options.progress,
-    )
+    options = replace(options, replace=True, index_uri=current.index_uri)
     planned = plan_resolved(current.pinned, column, spec, resolved, options, current.generation.found)
     try:
         manifest = run_build(planned, parent=current.manifest.generation)
@@ -232,7 +249,9 @@ def _rewrite(
         stable=current.pinned.stable_row_ids,
         meter=meter,
     )
-    records = sorted(LocalRunner(options.num_workers).run(job, choice.tasks), key=lambda record: record.ordinal)
+    # Wherever else the rows are encoded: they are moved by this process.
+    threads = min(options.num_workers, usable_cores()) if uses_ray(options) else options.num_workers
+    records = sorted(LocalRunner(threads).run(job, choice.tasks), key=lambda record: record.ordinal)
     meter.finish()
     return records
 
@@ -258,7 +277,7 @@ class _Layout:
         """Decide what to do."""
         spec = self._current.manifest.spec
         cost = engine.footprint(spec.factory, spec.dim, spec.metric, spec.refine)
-        budget = options.memory_budget_bytes or usable_memory_bytes() // 2 // options.num_workers
+        budget = worker_budget_bytes(options)
         moves = cost.family != "hnsw"
 
         def divide(fragments: Collection[int], rewritten: Collection[int]) -> Sequence[ShardTask]:
@@ -319,10 +338,12 @@ class _Layout:
                 or self._present[fragment.fragment_id].signature != fragment.signature
             ):
                 continue
-            claimed = np.ones(fragment.physical_rows, dtype=bool)
-            first, end = fragment.first_position, fragment.first_position + fragment.physical_rows
+            claimed = np.zeros(fragment.physical_rows, dtype=bool)
+            mine = claimed[fragment.first_offset : fragment.first_offset + fragment.positions]
+            mine[:] = True
+            first, end = fragment.first_position, fragment.first_position + fragment.positions
             for start, length in deleted[(deleted[:, 0] < end) & (deleted.sum(axis=1) > first)].tolist():
-                claimed[max(start - first, 0) : start + length - first] = False
+                mine[max(start - first, 0) : start + length - first] = False
             before = alive.get(fragment.fragment_id)
             alive[fragment.fragment_id] = ~claimed if before is None else before & ~claimed
 

@@ -18,7 +18,16 @@ from ..spec import IndexSpec, ResolvedSpec
 from ..storage import HashingWriter, Store, VerifiedReader
 from ..types import Float32Array, Int64Array
 
-__all__ = ["HeldOut", "TrainedModel", "find_trained", "load_arrays", "save_arrays", "train"]
+__all__ = [
+    "HeldOut",
+    "TrainedModel",
+    "find_trained",
+    "held_out_numbers",
+    "load_arrays",
+    "load_trained",
+    "save_arrays",
+    "train",
+]
 
 # Queries whose neighbours are found exactly during encoding: recall to about +-1 %.
 _HELD_OUT_QUERIES = 200
@@ -41,6 +50,12 @@ class HeldOut:
     vectors: Float32Array
     fragment_ids: Int64Array
     offsets: Int64Array
+
+    @classmethod
+    def nothing(cls, dim: int) -> HeldOut:
+        """Return no queries: recall is not measured."""
+        none = np.empty(0, dtype=np.int64)
+        return cls(np.empty((0, dim), dtype=np.float32), none, none)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,13 +151,34 @@ def find_trained(plan: BuildPlan, store: Store) -> TrainedModel | None:
         for file in store.list(plan.generation)
         if file.name.startswith(f"{plan.generation}/model-") and file.name.endswith(".json")
     ]
-    if not records:
-        return None
-    name = records[0]
+    return load_trained(plan, store, records[0]) if records else None
+
+
+def load_trained(plan: BuildPlan, store: Store, name: str, *, queries: bool = True) -> TrainedModel:
+    """Return a model that is stored.
+
+    Parameters
+    ----------
+    plan : BuildPlan
+        Whose index it is the model of.
+    store : Store
+        Where generations lie.
+    name : str
+        Of its record.
+    queries : bool
+        Load the held-out queries too; without, there are none.
+
+    Raises
+    ------
+    CorruptIndex
+        If what is stored is not what was written, or lacks the held-out queries.
+    """
     record = decode_model_record(store.read(name, max_bytes=_MAX_RECORD_BYTES), location=name)
+    model = load_model(store, record.file, plan.spec, record.fingerprint)
+    if not queries:
+        return TrainedModel(model, record, name, HeldOut.nothing(plan.spec.dim))
     if record.queries is None:
         raise CorruptIndex(f"{name} names no held-out queries", remedy="Build without resume", location=name)
-    model = load_model(store, record.file, plan.spec, record.fingerprint)
     return TrainedModel(model, record, name, HeldOut(**load_arrays(store, record.queries)))
 
 
@@ -165,6 +201,11 @@ def load_arrays(store: Store, entry: FileEntry) -> dict[str, Any]:
 
 
 def _held_out(vectors: Float32Array, fragment_ids: Int64Array, offsets: Int64Array, spec: ResolvedSpec) -> HeldOut:
-    count = min(_HELD_OUT_QUERIES, len(vectors))
-    chosen = np.sort(np.random.default_rng(spec.seed).choice(len(vectors), size=count, replace=False))
+    chosen = held_out_numbers(len(vectors), spec.seed)
     return HeldOut(vectors[chosen].copy(), fragment_ids[chosen], offsets[chosen])
+
+
+def held_out_numbers(rows: int, seed: int) -> Int64Array:
+    """Return which rows of a sample are held out, int64, increasing."""
+    chosen = np.random.default_rng(seed).choice(rows, size=min(_HELD_OUT_QUERIES, rows), replace=False)
+    return np.sort(chosen)

@@ -9,25 +9,25 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from .. import engine
 from ..errors import CommitConflict, CoverOverlap, DatasetChanged, IndexNotFound, UntrustedLocation
-from ..lance_io import LanceDataset, move_to_latest
-from ..machine import usable_memory_bytes
+from ..lance_io import DatasetPlace, LanceDataset, move_to_latest
 from ..manifest import BuildPlan, ShardRecord, ShardTask, check_cover_disjoint, decode_model_record
 from ..plan import plan_tasks
 from ..progress import PhaseMeter, Progress, SilentProgress
 from ..search.load import load_model_of
 from ..spec import BuildOptions
 from ..storage import read_document
-from ..types import OnInvalid
+from ..types import Executor, OnInvalid
 from .create import remove_unfinished
 from .current import CurrentIndex, open_current
 from .encode import EncodeJob
+from .executors import namespace_asked, open_runner, store_place, worker_budget_bytes
 from .lease import Lease
-from .runner import LocalRunner
 from .train import HeldOut, TrainedModel
 
 __all__ = ["SyncReport", "UpdateReport", "encode_fragments", "new_generation", "sync_index", "update_index"]
@@ -90,7 +90,7 @@ class SyncReport:
 
 
 def update_index(
-    dataset: str | os.PathLike[str] | LanceDataset,
+    dataset: str | os.PathLike[str] | LanceDataset | None,
     name: str | None = None,
     *,
     num_workers: int = 1,
@@ -99,6 +99,13 @@ def update_index(
     index_uri: str | None = None,
     allowed_index_uris: Sequence[str] = (),
     storage_options: Mapping[str, str] | None = None,
+    executor: Executor = "auto",
+    ray_address: str | None = None,
+    ray_remote_args: Mapping[str, Any] | None = None,
+    task_deadline_seconds: float | None = None,
+    namespace_impl: str | None = None,
+    namespace_properties: Mapping[str, str] | None = None,
+    table_id: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> UpdateReport:
     """Index the rows of the newest version that no shard covers, with the model there is.
@@ -108,8 +115,8 @@ def update_index(
 
     Parameters
     ----------
-    dataset : str, path or lance.LanceDataset
-        The dataset; a handle is moved to the version that has the update.
+    dataset : str, path, lance.LanceDataset or None
+        The dataset, None for a table of a namespace; a handle is moved to the version that has the update.
     name : str, optional
         Index name; may be left out when there is one.
     num_workers : int
@@ -123,7 +130,11 @@ def update_index(
     allowed_index_uris : sequence of str
         Places outside the dataset that its pointer may lead to.
     storage_options : mapping, optional
-        For a dataset given by URI.
+        For a dataset given by URI or in a namespace, and for an index that lies outside of it.
+    executor, ray_address, ray_remote_args, task_deadline_seconds
+        Who encodes them, as for `create_index`.
+    namespace_impl, namespace_properties, table_id
+        The dataset as a table of a namespace, as for `create_index`.
     progress : Progress, optional
         Listener.
 
@@ -151,6 +162,14 @@ def update_index(
         num_workers=num_workers,
         memory_budget_bytes=memory_budget_bytes,
         on_invalid=on_invalid,
+        storage_options=storage_options,
+        executor=executor,
+        ray_address=ray_address,
+        ray_remote_args=ray_remote_args,
+        task_deadline_seconds=task_deadline_seconds,
+        namespace_impl=namespace_impl,
+        namespace_properties=namespace_properties,
+        table_id=table_id,
         progress=SilentProgress() if progress is None else progress,
     )
     current = open_current(
@@ -159,6 +178,7 @@ def update_index(
         index_uri=index_uri,
         allowed_index_uris=allowed_index_uris,
         storage_options=storage_options,
+        namespace=namespace_asked(options),
     )
     resolution = current.resolution
     if not resolution.snapshot.tail and not resolution.unsaved_rows:
@@ -301,12 +321,15 @@ def encode_fragments(
         pinned=current.pinned,
         column=current.resolution.column,
         trained=_trained(current),
+        place=DatasetPlace.of(current.pinned, namespace_asked(options)),
         store=current.store,
+        store_place=store_place(current.pinned, current.index_uri),
         on_invalid=options.on_invalid,
         meter=meter,
         offsets=offsets,
     )
-    records = sorted(LocalRunner(options.num_workers).run(job, tasks), key=lambda record: record.ordinal)
+    with open_runner(options) as runner:
+        records = sorted(runner.run(job, tasks), key=lambda record: record.ordinal)
     meter.finish()
     return records
 
@@ -357,10 +380,10 @@ def _after(conflict: CommitConflict, lost: CurrentIndex, added: Sequence[ShardRe
 
 def _tasks(current: CurrentIndex, options: BuildOptions) -> tuple[ShardTask, ...]:
     spec = current.manifest.spec
-    budget = options.memory_budget_bytes or usable_memory_bytes() // 2 // options.num_workers
+    budget = worker_budget_bytes(options)
     cost = engine.footprint(spec.factory, spec.dim, spec.metric, spec.refine)
     states = [fragment.state for fragment in current.resolution.snapshot.tail]
-    return plan_tasks(states, cost, num_shards=None, budget_bytes=budget)
+    return plan_tasks(states, cost, num_shards=None, budget_bytes=budget, split=True)
 
 
 def _trained(current: CurrentIndex) -> TrainedModel:

@@ -58,11 +58,11 @@ def rollback(
     from ..lance_io import PinnedDataset, open_dataset
     from ..pointers import find_pointer
 
-    handle = open_dataset(dataset, storage_options=where.pop("storage_options"))
+    handle = open_dataset(dataset, storage_options=where["storage_options"])
     # Before anything is changed: a cluster that cannot be told, or serves something else, is a mistake.
     move = None if served.cluster_file is None else _mover(served, dataset, name, handle, access)
     handle = roll_back(handle, name, **where)
-    found = find_pointer(PinnedDataset(handle), name, access.index_uri)
+    found = find_pointer(PinnedDataset(handle, where["storage_options"]), name, access.index_uri)
     document = {
         "name": found.name,
         "version": handle.version,
@@ -94,7 +94,7 @@ def _mover(
     location, storage_options = served.cluster_file or "", access.storage_options()
     cluster = read_cluster(location, storage_options)
     caller = served.caller(cluster, seconds=RELOAD_SECONDS)
-    index = find_pointer(PinnedDataset(handle), name, access.index_uri).name
+    index = find_pointer(PinnedDataset(handle, storage_options), name, access.index_uri).name
     for each in cluster.indexes:
         if each.index == index and _place(each.dataset) == _place(dataset):
             called = each.name

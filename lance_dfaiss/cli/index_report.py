@@ -10,20 +10,24 @@ from .text import counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from ..manage import IndexDescription
-    from ..manifest import RecallReport, SkipCounts
+    from ..manifest import BuildReport, RecallReport, SkipCounts
 
 __all__ = ["index_report"]
 
 _WIDTHS = ("nprobe", "ef", "k_factor")
 
+_SHOWN_TASKS = 10
 
-def index_report(found: IndexDescription) -> Report:
+
+def index_report(found: IndexDescription, *, build: bool = False) -> Report:
     """Return all that is stored of an index.
 
     Parameters
     ----------
     found : IndexDescription
         The index.
+    build : bool
+        Tell what building it took.
     """
     manifest = found.manifest
     recall = manifest.recall
@@ -35,7 +39,60 @@ def index_report(found: IndexDescription) -> Report:
         ]
     if found.stale is not None:
         blocks.append(Line(f"This index cannot answer for version {found.version}: {found.stale}"))
-    return Report(_document(found), blocks)
+    document = _document(found)
+    if build:
+        document["build"] = None if found.build is None else found.build.to_json()
+        blocks += _build_blocks(found.build, manifest.generation)
+    return Report(document, blocks)
+
+
+def _build_blocks(report: BuildReport | None, generation: str) -> list[Block]:
+    if report is None:
+        return [Line("There is no report of how this index was built.")]
+    retries = f", {counted(report.retries, 'repeated attempt')}" if report.retries else ""
+    by = f"{counted(report.workers, 'worker')} ({report.executor})"
+    what = "Built" if report.generation == generation else f"Before updates, generation {report.generation} was built"
+    line = f"{what} in {format_seconds(report.seconds)} by {by}, done at {report.created_at}{retries}:"
+    phases = [
+        [
+            phase.name,
+            format_seconds(phase.seconds),
+            phase.rows or None,
+            f"{phase.rows / phase.seconds:,.0f}" if phase.rows and phase.seconds else None,
+            format_bytes(phase.length_bytes) if phase.length_bytes else None,
+        ]
+        for phase in report.phases
+    ]
+    # Those that took longest tell where the time went; --json has all.
+    slowest = sorted(report.tasks, key=lambda task: -1.0 if task.seconds is None else task.seconds, reverse=True)
+    tasks = [
+        [
+            task.ordinal,
+            task.rows,
+            format_bytes(task.length_bytes),
+            "done before" if task.seconds is None else format_seconds(task.seconds),
+            task.attempts,
+            None if task.peak_bytes is None else format_bytes(task.peak_bytes),
+            task.worker,
+        ]
+        for task in slowest[:_SHOWN_TASKS]
+    ]
+    return [
+        Line(line),
+        Table(["phase", "time", "rows", "rows/s", "bytes"], phases),
+        Line(f"{counted(len(report.tasks), 'shard')}, the slowest first:"),
+        Table(["shard", "rows", "size", "time", "attempts", "peak memory", "worker"], tasks),
+        *([Line(f"and {len(report.tasks) - _SHOWN_TASKS:,} more")] if len(report.tasks) > _SHOWN_TASKS else []),
+        *_losses(report),
+    ]
+
+
+def _losses(report: BuildReport) -> list[Block]:
+    lines = [Line(f"shard {task.ordinal}, {loss}") for task in report.tasks for loss in task.losses]
+    if not lines:
+        return []
+    more = [Line(f"and {len(lines) - _SHOWN_TASKS:,} more")] if len(lines) > _SHOWN_TASKS else []
+    return [Line("Attempts that did not count:"), *lines[:_SHOWN_TASKS], *more]
 
 
 def _document(found: IndexDescription) -> dict[str, Any]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from .index_report import index_report
 from .options import Access, DatasetArgument, JsonFlag, OptionalNameArgument, TrustedAccess
 from .output import Line, Report, output
@@ -19,10 +23,17 @@ def list_names(dataset: DatasetArgument, access: Access, as_json: JsonFlag = Fal
 
 
 def describe(
-    dataset: DatasetArgument, access: TrustedAccess, name: OptionalNameArgument = None, as_json: JsonFlag = False
+    dataset: DatasetArgument,
+    access: TrustedAccess,
+    name: OptionalNameArgument = None,
+    build: Annotated[
+        bool, typer.Option("--build", help="Tell what building it took too: phases, shards, retries.")
+    ] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Describe an index from what is stored of it, without loading it."""
     where = access.of_dataset()
     from .. import describe_index
 
-    output(as_json=as_json).show(index_report(describe_index(dataset, name, **where)))
+    report = index_report(describe_index(dataset, name, build=build, **where), build=build)
+    output(as_json=as_json).show(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
@@ -23,10 +24,13 @@ __all__ = [
     "BuildFlags",
     "ColumnArgument",
     "DatasetArgument",
+    "DatasetOrTableArgument",
     "IndexNameArgument",
     "InvalidOption",
     "JsonFlag",
+    "NamespaceFlags",
     "OptionalNameArgument",
+    "RayFlags",
     "Reach",
     "TrustedAccess",
     "WorkFlags",
@@ -35,7 +39,10 @@ __all__ = [
     "usage_errors",
 ]
 
-_WHAT, _HOW, _WHERE = "What to build", "How to build it", "Where things are"
+_WHAT, _HOW, _WHO, _WHERE = "What to build", "How to build it", "Who builds it", "Where things are"
+
+# In place of DATASET: the dataset is the table that --table-id names.
+_TABLE = "-"
 
 
 def option(name: str, text: str, panel: str | None = None, metavar: str | None = None, **more: Any) -> Any:
@@ -59,6 +66,13 @@ def option(name: str, text: str, panel: str | None = None, metavar: str | None =
 
 DatasetArgument: TypeAlias = Annotated[
     str, typer.Argument(metavar="DATASET", help="Path or URI of the Lance dataset; its newest version is used.")
+]
+DatasetOrTableArgument: TypeAlias = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATASET",
+        help="Path or URI of the Lance dataset, or - for the table that --table-id names; its newest version is used.",
+    ),
 ]
 ColumnArgument: TypeAlias = Annotated[
     str, typer.Argument(metavar="COLUMN", help="Vector column, dotted for a nested field.")
@@ -92,7 +106,7 @@ class Reach:
         list[str],
         option(
             "--storage-option",
-            "Setting of the dataset's object store; may be repeated.",
+            "Setting of the object store that the dataset or index lies on; may be repeated.",
             panel=_WHERE,
             metavar="KEY=VALUE",
         ),
@@ -100,16 +114,20 @@ class Reach:
 
     def storage_options(self) -> dict[str, str] | None:
         """Return the settings by key, None without any; a usage error if one is malformed or said twice."""
-        found: dict[str, str] = {}
-        for text in self.storage_option:
-            key, equals, value = text.partition("=")
-            # The text itself is not shown: it may hold a secret.
-            if not equals or not key:
-                raise usage_error("--storage-option must be KEY=VALUE")
-            if key in found:
-                raise usage_error(f"--storage-option {key} is given twice")
-            found[key] = value
-        return found or None
+        return _by_key("--storage-option", self.storage_option)
+
+
+def _by_key(option: str, given: list[str]) -> dict[str, str] | None:
+    found: dict[str, str] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        # The text itself is not shown: it may hold a secret.
+        if not equals or not key:
+            raise usage_error(f"{option} must be KEY=VALUE")
+        if key in found:
+            raise usage_error(f"{option} {key} is given twice")
+        found[key] = value
+    return found or None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +161,113 @@ class TrustedAccess(Access):
     def of_dataset(self) -> dict[str, Any]:
         """Return keyword arguments for the functions that open an index."""
         return {**Access.of_dataset(self), "allowed_index_uris": tuple(self.allow_index_uri)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamespaceFlags:
+    """The dataset as a table of a namespace."""
+
+    namespace_impl: Annotated[
+        str | None,
+        option(
+            "--namespace-impl", "Kind of namespace: dir, rest, or the name of a class.", panel=_WHERE, metavar="KIND"
+        ),
+    ] = None
+    namespace_property: Annotated[
+        list[str],
+        option("--namespace-property", "Its setting; may be repeated.", panel=_WHERE, metavar="KEY=VALUE"),
+    ] = field(default_factory=list)
+    table_id: Annotated[
+        list[str],
+        option(
+            "--table-id",
+            "Name of the table in it, with DATASET given as -; repeated for each level of a nested name.",
+            panel=_WHERE,
+            metavar="NAME",
+        ),
+    ] = field(default_factory=list)
+
+    def given(self, dataset: str) -> dict[str, Any]:
+        """Return keyword arguments for the functions that take a namespace; a usage error if they mean nothing."""
+        named = self.namespace_impl is not None or self.namespace_property or self.table_id
+        if named and (self.namespace_impl is None or not self.table_id):
+            raise usage_error("a table of a namespace needs --namespace-impl and --table-id")
+        if bool(named) != (dataset == _TABLE):
+            raise usage_error(f"DATASET is {_TABLE} with a table of a namespace, and only then")
+        return {
+            "namespace_impl": self.namespace_impl,
+            "namespace_properties": _by_key("--namespace-property", self.namespace_property),
+            "table_id": self.table_id or None,
+        }
+
+    @staticmethod
+    def uri(dataset: str) -> str | None:
+        """Return the dataset's path or URI, None for the table."""
+        return None if dataset == _TABLE else dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayFlags:
+    """Who does the work."""
+
+    executor: Annotated[
+        str,
+        option(
+            "--executor",
+            "local for threads of this process, ray for workers of a Ray cluster; auto is ray where an option for it"
+            " is given.",
+            panel=_WHO,
+            metavar="WHO",
+        ),
+    ] = "auto"
+    address: Annotated[
+        str | None,
+        option(
+            "--address",
+            "Ray cluster to join; the one that RAY_ADDRESS names, or a new one on this machine, if left out.",
+            panel=_WHO,
+            metavar="ADDRESS",
+        ),
+    ] = None
+    ray_remote_args: Annotated[
+        str | None,
+        option(
+            "--ray-remote-args",
+            'Options of every Ray worker, such as {"num_cpus": 4}.',
+            panel=_WHO,
+            metavar="JSON",
+        ),
+    ] = None
+    task_deadline: Annotated[
+        float | None,
+        option(
+            "--task-deadline",
+            "A Ray task without progress for so long is run again elsewhere.",
+            panel=_WHO,
+            metavar="SECONDS",
+        ),
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """Return keyword arguments for the functions that build; a usage error if a value cannot be used."""
+        return {
+            "executor": self.executor,
+            "ray_address": self.address,
+            "ray_remote_args": _json_object("--ray-remote-args", self.ray_remote_args),
+            "task_deadline_seconds": self.task_deadline,
+        }
+
+
+def _json_object(option: str, text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError as exc:
+        raise usage_error(f"{option} must be JSON: {exc}") from exc
+    if not isinstance(found, dict):
+        raise usage_error(f"{option} must be a JSON object, such as {{}}")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,8 +335,18 @@ class BuildFlags:
                 seed=self.seed,
             )
 
-    def options(self, index_uri: str | None, progress: Progress) -> BuildOptions:
-        """Return how to build it; a usage error if a value cannot be used."""
+    def options(self, index_uri: str | None, progress: Progress, **more: Any) -> BuildOptions:
+        """Return how to build it; a usage error if a value cannot be used.
+
+        Parameters
+        ----------
+        index_uri : str or None
+            Where the index is to lie when not in the dataset.
+        progress : Progress
+            Listener.
+        **more
+            Other fields of `BuildOptions`.
+        """
         from ..spec import BuildOptions
 
         with usage_errors():
@@ -225,6 +360,7 @@ class BuildFlags:
                 min_recall=self.min_recall,
                 index_uri=index_uri,
                 progress=progress,
+                **more,
             )
 
 

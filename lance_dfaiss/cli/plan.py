@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..progress import SilentProgress
-from .options import Access, BuildFlags, ColumnArgument, DatasetArgument, JsonFlag
+from .options import (
+    Access,
+    BuildFlags,
+    ColumnArgument,
+    DatasetOrTableArgument,
+    JsonFlag,
+    NamespaceFlags,
+    RayFlags,
+)
 from .output import Facts, Report, output
 from .text import format_bytes, format_seconds
 
@@ -16,15 +24,25 @@ __all__ = ["plan"]
 
 
 def plan(
-    dataset: DatasetArgument, column: ColumnArgument, flags: BuildFlags, access: Access, as_json: JsonFlag = False
+    dataset: DatasetOrTableArgument,
+    column: ColumnArgument,
+    flags: BuildFlags,
+    ray: RayFlags,
+    access: Access,
+    namespace: NamespaceFlags,
+    as_json: JsonFlag = False,
 ) -> None:
     """Say what a build with the same options would do, without doing it."""
-    spec, options = flags.spec(column), flags.options(access.index_uri, SilentProgress())
-    storage_options = access.storage_options()
+    spec, table, storage_options = flags.spec(column), namespace.given(dataset), access.storage_options()
+    more = {**ray.given(), **table, "storage_options": storage_options}
+    options = flags.options(access.index_uri, SilentProgress(), **more)
     from .. import plan_index
-    from ..lance_io import open_dataset
+    from ..lance_io import Namespace, open_dataset
 
-    planned = plan_index(open_dataset(dataset, storage_options=storage_options), spec, options)
+    handle = open_dataset(
+        namespace.uri(dataset), storage_options=storage_options, namespace=Namespace.of_parameters(*table.values())
+    )
+    planned = plan_index(handle, spec, options)
     output(as_json=as_json).show(Report(_document(planned), [Facts(_facts(planned))]))
 
 
@@ -46,6 +64,7 @@ def _document(planned: PlannedBuild) -> dict[str, Any]:
         "sample_rows": planned.sample_rows,
         "shards": [{"fragments": len(task.fragments), "physical_rows": task.physical_rows} for task in tasks],
         "workers": planned.options.num_workers,
+        "executor": "ray" if planned.on_ray else "local",
         "budget_bytes": planned.budget_bytes,
         "peak_bytes": estimate.peak_bytes,
         "sample_bytes": estimate.sample_bytes,
@@ -59,8 +78,9 @@ def _document(planned: PlannedBuild) -> dict[str, Any]:
 
 def _facts(planned: PlannedBuild) -> list[tuple[str, str]]:
     spec, estimate, tasks = planned.plan.spec, planned.estimate, planned.plan.tasks
-    fragments = sum(len(task.fragments) for task in tasks)
+    fragments = len({i for task in tasks for i in task.fragment_ids})  # one may be in several
     largest = max((task.physical_rows for task in tasks), default=0)
+    who = " on Ray" if planned.on_ray else ""
     replaced = "nothing" if planned.previous is None else f"generation {planned.previous.pointer.generation}"
     return [
         ("index", planned.spec.name),
@@ -70,7 +90,10 @@ def _facts(planned: PlannedBuild) -> list[tuple[str, str]]:
         ("metric", spec.metric),
         ("rows", f"{planned.rows:,} in {fragments:,} fragments of version {planned.pinned.version}"),
         ("training sample", f"{planned.sample_rows:,} rows, {format_bytes(estimate.sample_bytes)}"),
-        ("shards", f"{len(tasks):,}, the largest of {largest:,} rows, {planned.options.num_workers} at a time"),
+        (
+            "shards",
+            f"{len(tasks):,}, the largest of {largest:,} rows, {planned.options.num_workers} at a time{who}",
+        ),
         ("memory", f"{format_bytes(estimate.peak_bytes)} of {format_bytes(planned.budget_bytes)} at most, per worker"),
         ("disk", f"{format_bytes(estimate.index_bytes)} at {planned.store.location}"),
         (

@@ -35,7 +35,7 @@ def search(
     from .. import open_index
     from ..lance_io import PinnedDataset, open_dataset
 
-    handle = open_dataset(dataset, storage_options=where.pop("storage_options"))
+    handle = open_dataset(dataset, storage_options=where["storage_options"])
     with reporting(only_on_terminal=True) as progress:
         opened = open_index(handle, index, progress=progress, **where)
     pinned = PinnedDataset(handle)

@@ -127,6 +127,13 @@ class LimitFlags:
         float | None,
         option("--grace", "How long an older version is held after it was last asked for.", _LIMITS, "SECONDS", min=0),
     ] = None
+    cache_dir: Annotated[
+        str | None,
+        option("--cache-dir", "Folder that keeps index files read from far away, for all servers.", _LIMITS, "DIR"),
+    ] = None
+    cache_bytes: Annotated[
+        str | None, option("--cache-bytes", "What it may hold, 16GiB if left out.", _LIMITS, "SIZE")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +239,9 @@ def _serve_options(what: WhatFlags, limits: LimitFlags, safety: SafetyFlags, acc
     with usage_errors():
         memory = None if limits.memory_limit is None else parse_bytes(limits.memory_limit)
         filter_memory = None if limits.filter_memory is None else parse_bytes(limits.filter_memory)
+        cache_bytes = None if limits.cache_bytes is None else parse_bytes(limits.cache_bytes)
+    if cache_bytes is not None and limits.cache_dir is None:
+        raise usage_error("--cache-bytes needs --cache-dir")
     return ServeOptions(
         threads=limits.threads,
         memory_limit_bytes=memory,
@@ -251,6 +261,9 @@ def _serve_options(what: WhatFlags, limits: LimitFlags, safety: SafetyFlags, acc
         admin_token_file=safety.admin_token_file,
         storage_options=access.storage_options(),
         allowed_index_uris=tuple(access.allow_index_uri),
+        # Servers may stand in another folder.
+        cache_dir=None if limits.cache_dir is None else os.path.abspath(limits.cache_dir),
+        cache_bytes=cache_bytes,
         log_level=logging.getLevelName(logging.getLogger().getEffectiveLevel()).lower(),
     )
 
@@ -269,8 +282,9 @@ def _served(dataset: str, what: WhatFlags, access: TrustedAccess, *, follow: boo
     from ..serve.cluster import ServedIndex
 
     found: dict[str, ServedIndex] = {}
+    options = access.storage_options()
     for called, place, name in asked:
-        pinned = PinnedDataset(open_dataset(place, storage_options=access.storage_options()))
+        pinned = PinnedDataset(open_dataset(place, storage_options=options), options)
         index = find_pointer(pinned, name, access.index_uri).name
         served = ServedIndex(
             name=called or index,

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import DatasetArgument, InvalidOption, JsonFlag, OptionalNameArgument, TrustedAccess, WorkFlags
+from .options import (
+    DatasetArgument,
+    DatasetOrTableArgument,
+    InvalidOption,
+    JsonFlag,
+    NamespaceFlags,
+    OptionalNameArgument,
+    RayFlags,
+    TrustedAccess,
+    WorkFlags,
+)
 from .output import Line, Report, output
 from .progress import reporting
 from .text import counted, format_seconds
@@ -19,18 +29,20 @@ __all__ = ["optimize", "sync", "update"]
 
 
 def update(
-    dataset: DatasetArgument,
+    dataset: DatasetOrTableArgument,
     work: WorkFlags,
+    ray: RayFlags,
     access: TrustedAccess,
+    namespace: NamespaceFlags,
     name: OptionalNameArgument = None,
     on_invalid: InvalidOption = "skip",
     as_json: JsonFlag = False,
 ) -> None:
     """Index the rows of the newest version that the index does not hold, with the model there is."""
-    options, where = work.given(on_invalid=on_invalid), access.of_dataset()
+    options, where = work.given(on_invalid=on_invalid, **ray.given(), **namespace.given(dataset)), access.of_dataset()
     from .. import update_index
 
-    handle = _opened(dataset, where)
+    handle = _opened(namespace.uri(dataset), where, **options)
     with reporting() as progress:
         report = update_index(handle, name, progress=progress, **options, **where)
     _show(handle, report, _updated(report), as_json=as_json)
@@ -49,9 +61,11 @@ def sync(
 
 
 def optimize(
-    dataset: DatasetArgument,
+    dataset: DatasetOrTableArgument,
     work: WorkFlags,
+    ray: RayFlags,
     access: TrustedAccess,
+    namespace: NamespaceFlags,
     name: OptionalNameArgument = None,
     retrain: Annotated[bool, typer.Option("--retrain", help="Train a new model and encode all rows with it.")] = False,
     max_dead_share: Annotated[
@@ -63,10 +77,10 @@ def optimize(
     as_json: JsonFlag = False,
 ) -> None:
     """Merge the shards that updates added, and drop entries of dead rows."""
-    options, where = work.given(), access.of_dataset()
+    options, where = work.given(**ray.given(), **namespace.given(dataset)), access.of_dataset()
     from .. import optimize_index
 
-    handle = _opened(dataset, where)
+    handle = _opened(namespace.uri(dataset), where, **options)
     with reporting() as progress:
         report = optimize_index(
             handle, name, retrain=retrain, max_dead_share=max_dead_share, progress=progress, **options, **where
@@ -74,11 +88,11 @@ def optimize(
     _show(handle, report, _optimized(report), as_json=as_json)
 
 
-def _opened(dataset: str, where: dict[str, Any]) -> LanceDataset:
-    """Open the dataset; what is left in ``where`` is about its index."""
-    from ..lance_io import open_dataset
+def _opened(dataset: str | None, where: dict[str, Any], **options: Any) -> LanceDataset:
+    from ..lance_io import Namespace, open_dataset
 
-    return open_dataset(dataset, storage_options=where.pop("storage_options"))
+    table = (options.get(key) for key in ("namespace_impl", "namespace_properties", "table_id"))
+    return open_dataset(dataset, storage_options=where["storage_options"], namespace=Namespace.of_parameters(*table))
 
 
 def _show(

@@ -9,6 +9,8 @@ which knows how many rows there are.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +20,33 @@ import numpy as np
 from ..errors import InsufficientData, InvalidArgument
 from ..manifest import Fingerprint
 from ..spec import ResolvedSpec
-from ..types import Float32Array, Metric, Refine
-from .factory import Capability, capability_of, empty_index, faiss_metric, inner_index, ivf_of, kind_of
+from ..types import Float32Array, Int64Array, Metric, Refine
+from .factory import Capability, capability_of, empty_index, faiss_metric, inner_index, ivf_of, kind_of, owned
+from .kmeans import KMeansPlan, on_threads, permutation, transform_rows
 
-__all__ = ["Model", "check_trainable", "limit_threads", "prepare", "train_model"]
+__all__ = [
+    "CODE_RANGE_ROWS",
+    "ERROR_ROWS",
+    "TRANSFORM_ROWS",
+    "CodesPlan",
+    "Model",
+    "assemble_model",
+    "check_trainable",
+    "codes_plan",
+    "given_centroids",
+    "has_transforms",
+    "limit_threads",
+    "lists_plan",
+    "prepare",
+    "spread_numbers",
+    "train_model",
+    "train_sub_quantizers",
+    "train_transforms",
+    "transformed",
+]
 
-# Residual error is measured on this many rows: enough for three digits, cheap beside training.
-_ERROR_ROWS = 16_384
+ERROR_ROWS = 16_384
+"""Residual error is measured on this many rows: enough for three digits, cheap beside training."""
 
 # OPQ's default of 50 iterations takes minutes on 40,000 rows; the rotation hardly moves after 10.
 _OPQ_ITERATIONS = 10
@@ -38,11 +60,14 @@ _OPQ_CODEWORDS = 256
 _LISTS_GAIN = 0.004
 _CODES_GAIN = 0.001
 
-# Rows that tell a scalar quantizer its ranges.
-_RANGE_ROWS = 65_536
+CODE_RANGE_ROWS = 65_536
+"""Rows that tell a scalar quantizer its ranges."""
 
-# Training rows that transforms see; PCA and OPQ estimate a dim x dim matrix, not one per list.
-_TRANSFORM_ROWS = 65_536
+TRANSFORM_ROWS = 65_536
+"""Training rows that transforms see; PCA and OPQ estimate a dim x dim matrix, not one per list."""
+
+# Seed of the rows that FAISS draws for product codes when it has more than they need (fvecs_maybe_subsample).
+_CODE_ROWS_SEED = 1_234
 
 _QUANTIZER_TYPES: dict[Refine, int] = {
     "sq8": faiss.ScalarQuantizer.QT_8bit,
@@ -155,9 +180,8 @@ def train_model(
     InvalidArgument
         If given centroids or codebooks have the wrong shape.
     """
-    base = empty_index(spec.factory, spec.dim, spec.metric)
-    _set_seeds(base, spec)
-    _train_transforms(base, _spread(sample, _TRANSFORM_ROWS))
+    base = _untrained(spec)
+    _train_transforms(base, _spread(sample, TRANSFORM_ROWS))
     seen = _transformed(base, sample)
     ivf = ivf_of(base)
     if ivf is not None:
@@ -167,11 +191,215 @@ def train_model(
         _set_codebook(inner, pq_codebook)
     else:
         _train_codes(inner, seen)
-    if isinstance(base, faiss.IndexPreTransform):
-        base.is_trained = True
-    refine = _train_refine(spec, sample)
-    trained = Model(spec, base, refine, fingerprint_of(spec, base, refine))
-    return Model(spec, base, refine, trained.fingerprint, trained.coarse_error(_spread(sample, _ERROR_ROWS)))
+    return _finished(spec, base, _train_refine(spec, sample), _spread(sample, ERROR_ROWS))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodesPlan:
+    """What is settled about product codes before they are trained.
+
+    Parameters
+    ----------
+    sub_quantizers, codewords, sub_dim : int
+        How many, codewords of each, and dimensions of each.
+    by_residual : bool
+        Whether codes are of what is left after the centroid.
+    similarity : bool
+        Whether rows go to the centroid of the largest inner product.
+    max_rows : int
+        Rows that are used of a larger sample.
+    """
+
+    sub_quantizers: int
+    codewords: int
+    sub_dim: int
+    by_residual: bool
+    similarity: bool
+    max_rows: int
+
+    def numbers(self, total: int) -> Int64Array:
+        """Return the numbers of the rows that are used, increasing."""
+        order = self._drawn(total)
+        return np.arange(total) if order is None else np.sort(order)
+
+    def order(self, total: int) -> Int64Array | None:
+        """Return in which order FAISS would see the rows of `numbers`; None for theirs."""
+        order = self._drawn(total)
+        return None if order is None else np.searchsorted(np.sort(order), order)
+
+    def _drawn(self, total: int) -> Int64Array | None:
+        return None if total <= self.max_rows else permutation(total, _CODE_ROWS_SEED)[: self.max_rows]
+
+
+def lists_plan(spec: ResolvedSpec) -> KMeansPlan | None:
+    """Return how the lists of an index are trained; None for types without lists."""
+    base = _untrained(spec)
+    ivf = ivf_of(base)
+    if ivf is None:
+        return None
+    return KMeansPlan(
+        lists=int(ivf.nlist),
+        dim=int(ivf.d),
+        iterations=int(ivf.cp.niter),
+        attempts=int(ivf.cp.nredo),
+        seed=int(ivf.cp.seed),
+        gain=float(ivf.cp.early_stop_threshold),
+        spherical=bool(ivf.cp.spherical),
+        similarity=ivf.metric_type == faiss.METRIC_INNER_PRODUCT,
+        max_rows=int(ivf.nlist) * int(ivf.cp.max_points_per_centroid),
+    )
+
+
+def codes_plan(spec: ResolvedSpec) -> CodesPlan | None:
+    """Return how the product codes of an index are trained; None for types without."""
+    base = _untrained(spec)
+    inner = inner_index(base)
+    pq = getattr(inner, "pq", None)
+    if pq is None:
+        return None
+    return CodesPlan(
+        sub_quantizers=int(pq.M),
+        codewords=int(pq.ksub),
+        sub_dim=int(pq.dsub),
+        by_residual=bool(inner.by_residual),
+        similarity=inner.metric_type == faiss.METRIC_INNER_PRODUCT,
+        max_rows=int(pq.ksub) * int(pq.cp.max_points_per_centroid),
+    )
+
+
+def has_transforms(spec: ResolvedSpec) -> bool:
+    """Tell whether vectors are transformed before anything else."""
+    return isinstance(empty_index(spec.factory, spec.dim, spec.metric), faiss.IndexPreTransform)
+
+
+def train_transforms(spec: ResolvedSpec, rows: Float32Array) -> bytes:
+    """Train the transforms of an index, and return them with the rest of it, which is untrained.
+
+    What FAISS makes of the rows depends, in the last digits, on how many threads it uses.
+
+    Parameters
+    ----------
+    spec : ResolvedSpec
+        Of an index with transforms.
+    rows : numpy.ndarray
+        float32 ``(n, dim)``, prepared; what `spread_numbers` picks of the sample.
+
+    Raises
+    ------
+    InsufficientData
+        If there are too few.
+    """
+    base = _untrained(spec)
+    _train_transforms(base, rows)
+    return bytes(faiss.serialize_index(base))
+
+
+def transformed(stored: bytes, rows: Float32Array, first: int) -> Float32Array:
+    """Apply trained transforms to rows, alike however the rows are divided.
+
+    Parameters
+    ----------
+    stored : bytes
+        From `train_transforms`.
+    rows : numpy.ndarray
+        float32 ``(n, dim)``, prepared.
+    first : int
+        Number of the first one.
+    """
+    base = _restored(stored)
+    result: Float32Array = transform_rows(lambda block: _transformed(base, block), rows, first, inner_index(base).d)
+    return result
+
+
+def given_centroids(spec: ResolvedSpec, given: Float32Array) -> Float32Array:
+    """Return the caller's centroids, checked and prepared, float32 ``(lists, dim)``.
+
+    Raises
+    ------
+    InvalidArgument
+        If they have another shape, or hold NaN or Inf.
+    """
+    plan = lists_plan(spec)
+    shape = (plan.lists, plan.dim) if plan is not None else (0, spec.dim)
+    return prepare(_given_array("ivf_centroids", given, shape), spec.metric)
+
+
+def train_sub_quantizers(spec: ResolvedSpec, rows: Float32Array, count: int) -> Float32Array:
+    """Train some of the sub-quantizers of an index, as FAISS trains all of them.
+
+    Parameters
+    ----------
+    spec : ResolvedSpec
+        Of an index with product codes.
+    rows : numpy.ndarray
+        float32 ``(n, count * sub_dim)``: their dimensions.
+    count : int
+        Sub-quantizers.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32 ``(count, codewords, sub_dim)``.
+    """
+    base = _untrained(spec)
+    whole = inner_index(base).pq
+    sub_dim, codewords = int(whole.dsub), int(whole.ksub)
+
+    def train(number: int) -> Float32Array:
+        pq = faiss.ProductQuantizer(sub_dim, 1, int(whole.nbits))
+        pq.cp = whole.cp
+        pq.train(np.ascontiguousarray(rows[:, number * sub_dim : (number + 1) * sub_dim]))
+        centroids: Float32Array = faiss.vector_to_array(pq.centroids).reshape(codewords, sub_dim)
+        return centroids
+
+    # One thread for each: they are too small to be divided among several.
+    return np.stack(on_threads(train, range(count)))
+
+
+def assemble_model(
+    spec: ResolvedSpec,
+    *,
+    transforms: bytes | None,
+    centroids: Float32Array | None,
+    codebook: Float32Array | None,
+    extremes: Float32Array | None,
+    code_rows: Float32Array | None,
+    error_rows: Float32Array,
+) -> Model:
+    """Put a model together from parts that were trained apart.
+
+    Parameters
+    ----------
+    spec : ResolvedSpec
+        What it is.
+    transforms : bytes or None
+        From `train_transforms`.
+    centroids : numpy.ndarray or None
+        float32 ``(lists, dim)``.
+    codebook : numpy.ndarray or None
+        float32 ``(sub_quantizers, codewords, sub_dim)``.
+    extremes : numpy.ndarray or None
+        float32 ``(2, dim)``: least and greatest values of the sample, for the refine store.
+    code_rows : numpy.ndarray or None
+        float32 ``(n, dim)``, prepared and transformed: what other codes than product codes are trained on.
+    error_rows : numpy.ndarray
+        float32 ``(n, dim)``, prepared: what the training error is measured on.
+    """
+    base = _untrained(spec) if transforms is None else _restored(transforms)
+    ivf, inner = ivf_of(base), inner_index(base)
+    if ivf is not None and centroids is not None:
+        _set_lists(ivf, centroids)
+    if codebook is not None:
+        _set_codebook(inner, codebook)
+    elif code_rows is not None and ivf is not None and centroids is not None:
+        with _exact_lists(ivf, centroids):
+            inner.train(code_rows)
+    elif code_rows is not None:
+        inner.train(code_rows)
+    refine = empty_refine(spec)
+    if refine is not None and extremes is not None:
+        refine.train(extremes)
+    return _finished(spec, base, refine, error_rows)
 
 
 def empty_refine(spec: ResolvedSpec) -> Any | None:
@@ -201,8 +429,17 @@ def fingerprint_of(spec: ResolvedSpec, base: Any, refine: Any | None) -> Fingerp
     )
 
 
-def check_trainable(spec: ResolvedSpec, rows: int) -> None:
+def check_trainable(spec: ResolvedSpec, rows: int, *, lists: bool = True, codes: bool = True) -> None:
     """Refuse a spec that needs more training rows than there are, before anything is read.
+
+    Parameters
+    ----------
+    spec : ResolvedSpec
+        What is trained.
+    rows : int
+        Rows that there are.
+    lists, codes : bool
+        Whether lists and product codes have to be trained: not if they are given.
 
     Raises
     ------
@@ -215,11 +452,28 @@ def check_trainable(spec: ResolvedSpec, rows: int) -> None:
     capability_of(base, spec.factory)
     inner = inner_index(base)
     ivf = ivf_of(base)
-    if ivf is not None:
+    if ivf is not None and lists:
         _require_rows(rows, int(ivf.nlist), "lists", "num_partitions")
     pq = getattr(inner, "pq", None)
-    if pq is not None:
+    if pq is not None and codes:
         _require_rows(rows, int(pq.ksub), "codewords", "num_bits")
+
+
+def _untrained(spec: ResolvedSpec) -> Any:
+    base = empty_index(spec.factory, spec.dim, spec.metric)
+    _set_seeds(base, spec)
+    return base
+
+
+def _restored(stored: bytes) -> Any:
+    return owned(faiss.deserialize_index(np.frombuffer(stored, dtype=np.uint8)))
+
+
+def _finished(spec: ResolvedSpec, base: Any, refine: Any | None, error_rows: Float32Array) -> Model:
+    if isinstance(base, faiss.IndexPreTransform):
+        base.is_trained = True
+    trained = Model(spec, base, refine, fingerprint_of(spec, base, refine))
+    return Model(spec, base, refine, trained.fingerprint, trained.coarse_error(error_rows))
 
 
 def _set_seeds(base: Any, spec: ResolvedSpec) -> None:
@@ -265,12 +519,27 @@ def _train_lists(ivf: Any, seen: Float32Array, spec: ResolvedSpec, given: Float3
         clustering.train(seen, faiss.IndexFlat(ivf.d, ivf.metric_type))
         centroids = faiss.vector_to_array(clustering.centroids).reshape(int(ivf.nlist), ivf.d)
     else:
-        centroids = _given_array("ivf_centroids", given, (int(ivf.nlist), int(ivf.d)))
-        centroids = prepare(centroids, spec.metric)
+        centroids = given_centroids(spec, given)
+    _set_lists(ivf, centroids)
+
+
+def _set_lists(ivf: Any, centroids: Float32Array) -> None:
     ivf.quantizer.reset()
     if not ivf.quantizer.is_trained:
         ivf.quantizer.train(centroids)
     ivf.quantizer.add(centroids)
+
+
+@contextmanager
+def _exact_lists(ivf: Any, centroids: Float32Array) -> Iterator[None]:
+    """Let codes be trained with lists that are found by comparing: a graph is not built alike twice."""
+    quantizer, exact = ivf.quantizer, faiss.IndexFlat(ivf.d, ivf.metric_type)
+    exact.add(centroids)
+    ivf.quantizer = exact
+    try:
+        yield
+    finally:
+        ivf.quantizer = quantizer
 
 
 def _train_codes(inner: Any, seen: Float32Array) -> None:
@@ -278,7 +547,7 @@ def _train_codes(inner: Any, seen: Float32Array) -> None:
     if pq is not None:
         _require_rows(len(seen), int(pq.ksub), "codewords", "num_bits")
     # A product quantizer draws its own subset; a scalar one only wants the range of each dimension.
-    inner.train(seen if pq is not None else _spread(seen, _RANGE_ROWS))
+    inner.train(seen if pq is not None else _spread(seen, CODE_RANGE_ROWS))
 
 
 def _train_refine(spec: ResolvedSpec, sample: Float32Array) -> Any | None:
@@ -290,9 +559,12 @@ def _train_refine(spec: ResolvedSpec, sample: Float32Array) -> Any | None:
 
 def _spread(rows: Float32Array, count: int) -> Float32Array:
     """Return at most ``count`` rows, evenly spread: a sample lies in order of place."""
-    if len(rows) <= count:
-        return rows
-    return np.ascontiguousarray(rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)])
+    return rows if len(rows) <= count else np.ascontiguousarray(rows[spread_numbers(len(rows), count)])
+
+
+def spread_numbers(total: int, count: int) -> Int64Array:
+    """Return at most ``count`` row numbers of so many, evenly spread, int64, increasing."""
+    return np.arange(total) if total <= count else np.linspace(0, total - 1, count).astype(np.int64)
 
 
 def _set_codebook(inner: Any, given: Float32Array) -> None:

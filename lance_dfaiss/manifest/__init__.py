@@ -9,6 +9,7 @@ document                  what it says
 `Manifest`                what a generation consists of
 `Pointer`                 which generation of an index is current; kept in the dataset's metadata
 `LeaseDocument`           until when a builder works on a generation
+`BuildReport`             what a build took; nothing depends on it
 ========================  =====================================================================
 
 `encode` writes any of them, ``decode_...`` reads one kind. Both validate: a document that breaks its
@@ -37,6 +38,7 @@ from .documents import (
     decode_model_record,
     decode_plan,
     decode_pointer,
+    decode_report,
     decode_shard_record,
     encode,
 )
@@ -69,11 +71,14 @@ from .records import (
     SkipCountsJSON,
     check_cover_disjoint,
 )
+from .report import BuildReport, BuildReportJSON, PhaseReport, PhaseReportJSON, TaskReport, TaskReportJSON
 from .runs import RunTable, RunTableJSON
 
 __all__ = [
     "BuildPlan",
     "BuildPlanJSON",
+    "BuildReport",
+    "BuildReportJSON",
     "BuildStatistics",
     "BuildStatisticsJSON",
     "Cover",
@@ -97,6 +102,8 @@ __all__ = [
     "ModelEntryJSON",
     "ModelRecord",
     "ModelRecordJSON",
+    "PhaseReport",
+    "PhaseReportJSON",
     "Pointer",
     "PointerJSON",
     "RecallPoint",
@@ -121,12 +128,15 @@ __all__ = [
     "ShardTaskJSON",
     "SkipCounts",
     "SkipCountsJSON",
+    "TaskReport",
+    "TaskReportJSON",
     "check_cover_disjoint",
     "decode_lease",
     "decode_manifest",
     "decode_model_record",
     "decode_plan",
     "decode_pointer",
+    "decode_report",
     "decode_shard_record",
     "encode",
     "root_digest",

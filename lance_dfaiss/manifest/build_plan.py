@@ -102,7 +102,7 @@ class DatasetEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTask:
-    """The fragments that become one shard.
+    """The fragments, or parts of fragments, that become one shard.
 
     Parameters
     ----------
@@ -117,8 +117,8 @@ class ShardTask:
 
     @property
     def physical_rows(self) -> int:
-        """Rows of all fragments, deleted ones included."""
-        return sum(fragment.physical_rows for fragment in self.fragments)
+        """Rows of all fragments and parts, deleted ones included."""
+        return sum(fragment.positions for fragment in self.fragments)
 
     @property
     def fragment_ids(self) -> tuple[int, ...]:
@@ -161,7 +161,7 @@ class BuildPlan:
     previous : str or None
         Generation that is current when the build begins.
     tasks : tuple of ShardTask
-        No fragment is in two of them.
+        No row is in two of them.
     """
 
     kind: ClassVar[str] = "plan"
@@ -212,9 +212,19 @@ class BuildPlan:
             place.at("previous").expected("another generation than this one", self.previous)
         tasks = place.at("tasks")
         distinct([task.ordinal for task in self.tasks], tasks, what="ordinal")
-        owners: dict[int, int] = {}
+        owners: dict[int, list[tuple[int, FragmentCover]]] = {}
         for at, task in enumerate(self.tasks):
-            for fragment_id in task.fragment_ids:
-                owner = owners.setdefault(fragment_id, at)
-                if owner != at:
-                    tasks.at(at).at("fragments").report(f"fragment {fragment_id} is in task {owner} of this list too")
+            for fragment in task.fragments:
+                others = owners.setdefault(fragment.fragment_id, [])
+                for owner, other in others:
+                    if owner != at and _overlap(fragment, other):
+                        where = tasks.at(at).at("fragments")
+                        where.report(f"fragment {fragment.fragment_id} is in task {owner} of this list too")
+                        break
+                others.append((at, fragment))
+
+
+def _overlap(one: FragmentCover, other: FragmentCover) -> bool:
+    """Tell whether two covers of a fragment have a row in common; empty fragments count as one row."""
+    (first, rows), (second, more) = ((each.first_offset, max(each.positions, 1)) for each in (one, other))
+    return first < second + more and second < first + rows

@@ -38,13 +38,17 @@ class FragmentSignatureJSON(TypedDict):
     overlays: list[str]
 
 
-class FragmentCoverJSON(TypedDict):
-    """Stored form of a `FragmentCover`."""
-
+class _WholeFragmentCoverJSON(TypedDict):
     fragment_id: int
     physical_rows: int
     first_position: int
     signature: FragmentSignatureJSON
+
+
+class FragmentCoverJSON(_WholeFragmentCoverJSON, total=False):
+    """Stored form of a `FragmentCover`; a part is a pair of first offset and rows."""
+
+    part: list[int]
 
 
 class RemapTargetJSON(TypedDict):
@@ -115,7 +119,7 @@ class FragmentSignature:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FragmentCover:
-    """One fragment within a shard.
+    """One fragment within a shard, or the part of it that the shard has positions for.
 
     Parameters
     ----------
@@ -124,35 +128,56 @@ class FragmentCover:
     physical_rows : int
         Rows in the fragment's files, deleted ones included.
     first_position : int
-        Position of its first row in the shard.
+        Position of its first row in the shard, or of the first one of the part.
     signature : FragmentSignature
         The fragment when it was read.
+    part : tuple of (int, int) or None
+        First physical offset and number of rows, deleted ones included, where the shard has only some of a fragment
+        that is too large for one; None for all of it.
     """
 
     fragment_id: int
     physical_rows: int
     first_position: int
     signature: FragmentSignature
+    part: tuple[int, int] | None = None
+
+    @property
+    def first_offset(self) -> int:
+        """Physical offset of the row at the first position."""
+        return 0 if self.part is None else self.part[0]
+
+    @property
+    def positions(self) -> int:
+        """Rows that the shard has a position for."""
+        return self.physical_rows if self.part is None else self.part[1]
 
     def to_json(self) -> FragmentCoverJSON:
         """Return the stored form."""
-        return {
+        stored: FragmentCoverJSON = {
             "fragment_id": self.fragment_id,
             "physical_rows": self.physical_rows,
             "first_position": self.first_position,
             "signature": self.signature.to_json(),
         }
+        if self.part is not None:
+            stored["part"] = list(self.part)
+        return stored
 
     @classmethod
     def from_json(cls, value: object, place: Place) -> FragmentCover:
         """Parse the stored form, reporting problems to the place."""
         fields = Fields(value, place, shape=FragmentCoverJSON)
-        return cls(
+        cover = cls(
             fragment_id=fields.get("fragment_id", integer),
             physical_rows=fields.get("physical_rows", integer),
             first_position=fields.get("first_position", integer),
             signature=fields.get("signature", FragmentSignature.from_json),
+            part=fields.get("part", optional(pair(integer, positive))),
         )
+        if fields.clean and cover.part is not None and sum(cover.part) > cover.physical_rows:
+            place.at("part").report(f"reaches beyond the {cover.physical_rows} rows of the fragment")
+        return cover
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,7 +263,7 @@ class Cover:
     Parameters
     ----------
     physical_rows : int
-        Positions of the shard: the sum over its fragments.
+        Positions of the shard: the sum over its fragments, or their parts.
     fragments : tuple of FragmentCover
         In order of position.
     row_ids : RunTable or None
@@ -335,8 +360,8 @@ def check_fragments(fragments: Sequence[FragmentCover], place: Place) -> int:
             expected = f"{end}, the end of the fragment before it" if at else "0 for the first fragment"
             place.at(at).at("first_position").expected(expected, fragment.first_position)
         # Going on from what is stated reports a wrong number once, not for all that follow.
-        end = fragment.first_position + fragment.physical_rows
-    return sum(fragment.physical_rows for fragment in fragments)
+        end = fragment.first_position + fragment.positions
+    return sum(fragment.positions for fragment in fragments)
 
 
 def _check_positions(table: RunTable, place: Place, physical_rows: int) -> None:

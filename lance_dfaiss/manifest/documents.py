@@ -1,4 +1,4 @@
-"""The six kinds of stored documents, to bytes and back."""
+"""The seven kinds of stored documents, to bytes and back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from .lease import LeaseDocument
 from .manifest import Manifest
 from .pointer import Pointer
 from .records import ModelRecord, ShardRecord
+from .report import BuildReport
 
 __all__ = [
     "Document",
@@ -18,11 +19,12 @@ __all__ = [
     "decode_model_record",
     "decode_plan",
     "decode_pointer",
+    "decode_report",
     "decode_shard_record",
     "encode",
 ]
 
-Document: TypeAlias = Manifest | ShardRecord | ModelRecord | BuildPlan | Pointer | LeaseDocument
+Document: TypeAlias = Manifest | ShardRecord | ModelRecord | BuildPlan | Pointer | LeaseDocument | BuildReport
 
 
 def encode(document: Document) -> bytes:
@@ -30,7 +32,7 @@ def encode(document: Document) -> bytes:
 
     Parameters
     ----------
-    document : Manifest, ShardRecord, ModelRecord, BuildPlan, Pointer or LeaseDocument
+    document : Manifest, ShardRecord, ModelRecord, BuildPlan, Pointer, LeaseDocument or BuildReport
         It is validated as it would be on reading.
 
     Raises
@@ -79,3 +81,8 @@ def decode_pointer(data: bytes, *, location: str) -> Pointer:
 def decode_lease(data: bytes, *, location: str) -> LeaseDocument:
     """Return the lease that the bytes hold; raises as `decode_manifest`."""
     return read_document(data, parse=LeaseDocument.from_json, location=location)
+
+
+def decode_report(data: bytes, *, location: str) -> BuildReport:
+    """Return the build report that the bytes hold; raises as `decode_manifest`."""
+    return read_document(data, parse=BuildReport.from_json, location=location)

@@ -435,7 +435,8 @@ class ModelRecord:
 def check_cover_disjoint(records: Iterable[ShardRecord]) -> None:
     """Check that no row is covered by two shards.
 
-    Two shards may share a fragment: each leaves the rows of the other out (`Cover.deleted`). A fragment
+    Two shards may share a fragment: each has a part of it (`FragmentCover.part`), or leaves the rows of the other out
+    (`Cover.deleted`). A fragment
     whose vectors were rewritten in place has another signature, and is another one here.
 
     Parameters
@@ -474,10 +475,10 @@ def _overlap(sharers: list[tuple[ShardRecord, FragmentCover]]) -> bool:
     """Tell whether a row of one fragment is covered twice."""
     taken = np.zeros(max(fragment.physical_rows for _, fragment in sharers), dtype=np.int64)
     for record, fragment in sharers:
-        rows = np.ones(fragment.physical_rows, dtype=np.int64)
-        first, end = fragment.first_position, fragment.first_position + fragment.physical_rows
+        rows = np.ones(fragment.positions, dtype=np.int64)
+        first, end = fragment.first_position, fragment.first_position + fragment.positions
         for start, length in record.cover.deleted.rows.tolist():
             if start < end and start + length > first:
                 rows[max(start - first, 0) : start + length - first] = 0
-        taken[: len(rows)] += rows
+        taken[fragment.first_offset : fragment.first_offset + len(rows)] += rows
     return bool((taken > 1).any())

@@ -41,10 +41,24 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = {key: value for key, value in os.environ.items() if key != "LANCE_DFAISS_WORDNET"}
     environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "benchmarks", "--quick", "--repeats", "1", "--into", str(folder)]
+    command += ["--only", *NAMES]  # all that need no cluster
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     (folder / "printed.txt").write_text(done.stdout, encoding="utf-8")
     return folder
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+def test_builds_on_a_cluster_are_measured(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--repeats", "1", "--into", str(tmp_path)]
+    done = subprocess.run([*command, "--only", "distributed"], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    run = json.loads((tmp_path / "results-quick.json").read_text(encoding="utf-8"))["distributed"]
+    assert len(run["rows"]) >= 4
+    for row in run["rows"]:
+        assert f"| {row['what']} | {row['ours']} | {row['peer']} |" in done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What the tests of building share: one warm process per module."""
+"""What the tests of building share: one warm process per module, one Ray cluster for all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.build.processes import Nursery
+from tests.build.rayrig import RayRig, ray_rig
 
 
 @pytest.fixture(scope="module")
@@ -14,3 +15,10 @@ def nursery() -> Iterator[Nursery]:
     nursery = Nursery()
     yield nursery
     nursery.close()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayRig]:
+    """Two nodes that this process is connected to; skips where Ray is not installed."""
+    with ray_rig() as rig:
+        yield rig

@@ -124,6 +124,19 @@ def _watch_files(steps: Steps) -> None:
     PinnedDataset.commit_pointer = watched_commit  # type: ignore[method-assign]
 
 
+def _watch_parts(steps: Steps) -> None:
+    """Make every call that goes to a part of the sample a step."""
+    from lance_dfaiss.build.ray_parts import RayParts
+
+    send = RayParts._send
+
+    def watched(self: Any, call: Any, *rest: Any) -> None:
+        send(self, call, *rest)
+        steps.at(f"sent {call.method}")
+
+    RayParts._send = watched  # type: ignore[assignment,method-assign]
+
+
 def _without_ids(name: str) -> str:
     """Return ``shard-00001.refine.faiss`` for ``<generation>/shard-00001-<attempt>.refine.faiss``."""
     stem, _, suffix = name.rpartition("/")[2].partition(".")
@@ -146,6 +159,8 @@ def build(
         _turn_clock(clock)
     steps = Steps(stop, signal_number, full_at)
     _watch_files(steps)
+    if options.get("executor") == "ray":
+        _watch_parts(steps)
     met: list[str] = []
 
     def meet(phase: str) -> None:

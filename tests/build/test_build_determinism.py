@@ -72,7 +72,7 @@ def test_files_of_a_build_are_named_by_its_manifest(tmp_path: Path) -> None:
     dataset = create_index(datasets.write(tmp_path / "dataset"), "vector", name="idx", **datasets.NEW)
     manifest = open_index(dataset).manifest
     written = datasets.files(tmp_path / "dataset" / "_dfaiss")
-    assert len(written) == 1 + 3 + 1 + 4 * 4
+    assert len(written) == 1 + 3 + 1 + 4 * 4 + 1  # plan, model, manifest, shards, report
     assert all(name.startswith(manifest.generation) for name in written)
     for shard in manifest.shards:
         assert written[shard.record.name] == shard.record.length_bytes

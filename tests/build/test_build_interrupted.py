@@ -19,11 +19,12 @@ from tests.build.processes import Nursery
 AGAIN: dict[str, Any] = {**NEW, "name": NAME, "replace": True, "resume": True}
 
 SPREAD = [
+    "half of plan.json",
+    "after plan.json",
     "report train 2",
     "half of model.faiss",
     "half of model.json",
     "after model.json",
-    "after plan.json",
     "end of train",
     "half of shard-00000.faiss",
     "half of shard-00001.check.npz",
@@ -33,9 +34,10 @@ SPREAD = [
     "before pointer",
     "after pointer",
     "end of commit",
+    "half of report.json",
 ]
 
-COMMITTED = ("after pointer", "end of commit")
+COMMITTED = ("after pointer", "end of commit", "half of report.json", "after report.json")
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def check_goes_on(path: Path, templates: Templates, before: set[str], *, committ
         generation: sorted(
             file.name
             for file in (path / "_dfaiss" / generation).glob("*-*.json")
-            if not file.name.startswith(("man", "lease"))
+            if not file.name.startswith(("man", "lease", "report"))
         )
         for generation in generations(path) - before
         if (path / "_dfaiss" / generation / "plan.json").exists()
@@ -137,7 +139,7 @@ def test_steps_reach_every_phase_and_file(templates: Templates) -> None:
         assert f"end of {phase}" in templates.steps
     written = {step.removeprefix("after ") for step in templates.steps if step.startswith("after ")}
     shards = {f"shard-{i:05d}.{kind}" for i in range(4) for kind in ("faiss", "refine.faiss", "check.npz", "json")}
-    others = {"model.faiss", "queries.npz", "model.json", "plan.json", "manifest.json", "pointer"}
+    others = {"model.faiss", "queries.npz", "model.json", "plan.json", "manifest.json", "pointer", "report.json"}
     assert written == others | {"lease-00000001.json"} | shards
 
 
@@ -152,6 +154,34 @@ def test_stopped_twice_goes_on_from_where_it_got(nursery: Nursery, templates: Te
     names = [file.name for file in (path / "_dfaiss").rglob("shard-*.json") if file.parent.name not in before]
     assert len(names) == 4, "a finished shard was encoded again"
     check_goes_on(path, templates, before, committed=False)
+
+
+def test_a_trained_model_is_not_trained_again(nursery: Nursery, templates: Templates, tmp_path: Path) -> None:
+    path = datasets.copy(templates.path, tmp_path / "dataset")
+    before = generations(path)
+    assert nursery.run("build", tmp_path, dataset=str(path), stop="after model.json", **AGAIN).signal_number
+    trained = {
+        f"{generation}/{file.name}"
+        for generation in generations(path) - before
+        for file in (path / "_dfaiss" / generation).glob("model-*.json")
+    }
+    assert lance_dfaiss.open_index(create_index(str(path), "vector", **AGAIN)).manifest.model.record.name in trained
+
+
+def test_of_two_unfinished_builds_the_one_that_got_further_goes_on(
+    nursery: Nursery, templates: Templates, tmp_path: Path
+) -> None:
+    path = datasets.copy(templates.path, tmp_path / "dataset")
+    before = generations(path)
+    furthest = ""
+    for step in ("after plan.json", "after shard-00001.json", "after model.json"):
+        known = generations(path)
+        again = {**AGAIN, "resume": False}
+        assert nursery.run("build", tmp_path, dataset=str(path), stop=step, **again).signal_number
+        (begun,) = generations(path) - known
+        furthest = begun if "shard" in step else furthest
+    assert len(generations(path) - before) == 3
+    assert lance_dfaiss.open_index(create_index(str(path), "vector", **AGAIN)).manifest.generation == furthest
 
 
 def test_without_resume_a_new_generation_is_built(nursery: Nursery, templates: Templates, tmp_path: Path) -> None:

@@ -314,6 +314,8 @@ def test_every_flag_becomes_its_option() -> None:
         filter_timeout=2.5,
         filter_memory="29MiB",
         grace=31.0,
+        cache_dir="/folder",
+        cache_bytes="37MiB",
     )
     safety = SafetyFlags(
         tls_cert="cert", tls_key="key", tls_client_ca="ca", token_file="token", admin_token_file="admin"
@@ -333,6 +335,8 @@ def test_every_flag_becomes_its_option() -> None:
         filter_seconds=2.5,
         filter_bytes=29 * 2**20,
         grace_seconds=31.0,
+        cache_dir="/folder",
+        cache_bytes=37 * 2**20,
         tls_cert="cert",
         tls_key="key",
         tls_client_ca="ca",

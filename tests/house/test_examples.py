@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -64,6 +65,29 @@ def test_the_keeping_up_example_ends_as_it_says(tmp_path: Path) -> None:
     last = done.stdout.split("Cleaned up: ")[1]
     assert "shouted volcano" in last
     assert "adj" not in last  # 'volcanic' was deleted
+
+
+@pytest.mark.timeout(240)  # Ray starts a dozen processes
+def test_the_ray_example_is_built_by_other_processes(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    # No cluster of whoever runs the tests, and no token in their home.
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "examples/build_on_ray.py", "--into", str(tmp_path)]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=mine | {"RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=220,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Built by ray" in done.stdout
+    workers = re.findall(r"shard \d: 4,000 rows in \d+\.\d s by \S+ pid (\d+)", done.stdout)
+    assert len(workers) == 3
+    assert str(os.getpid()) not in workers
+    assert re.search(r"^  -?0\.\d+  volcano$", done.stdout, flags=re.MULTILINE), done.stdout
 
 
 def test_the_demo_data_is_what_its_provenance_says() -> None:

@@ -45,7 +45,7 @@ LAYERS = {
 OUTSIDE = {
     "faiss": ("engine",),
     "lance": ("lance_io", "plugin"),
-    "ray": ("build.ray_runner", "launch.ray"),
+    "ray": ("build.ray_cluster", "launch.ray"),
 }
 
 

@@ -14,6 +14,7 @@ from lance_dfaiss.manifest import (
     decode_model_record,
     decode_plan,
     decode_pointer,
+    decode_report,
     decode_shard_record,
 )
 
@@ -26,6 +27,7 @@ DECODERS: dict[str, Callable[..., Document]] = {
     "model": decode_model_record,
     "plan": decode_plan,
     "pointer": decode_pointer,
+    "report": decode_report,
     "shard": decode_shard_record,
 }
 

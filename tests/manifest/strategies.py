@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lance_dfaiss.manifest import (
     BuildPlan,
+    BuildReport,
     BuildStatistics,
     Cover,
     DatasetEntry,
@@ -22,6 +23,7 @@ from lance_dfaiss.manifest import (
     Manifest,
     ModelEntry,
     ModelRecord,
+    PhaseReport,
     Pointer,
     RecallPoint,
     RecallReport,
@@ -33,6 +35,7 @@ from lance_dfaiss.manifest import (
     ShardRecord,
     ShardTask,
     SkipCounts,
+    TaskReport,
     root_digest,
 )
 from lance_dfaiss.spec import ResolvedSpec, SearchOptions
@@ -135,12 +138,18 @@ def fragment_lists(draw: st.DrawFn, ids: list[int] | None = None) -> tuple[Fragm
     position = 0
     for fragment_id in chosen:
         rows = draw(st.integers(0, 1000))
+        first = draw(st.integers(0, rows))
+        part = (first, draw(st.integers(1, rows - first))) if first < rows and draw(st.booleans()) else None
         fragments.append(
             FragmentCover(
-                fragment_id=fragment_id, physical_rows=rows, first_position=position, signature=draw(signatures)
+                fragment_id=fragment_id,
+                physical_rows=rows,
+                first_position=position,
+                signature=draw(signatures),
+                part=part,
             )
         )
-        position += rows
+        position += fragments[-1].positions
     return tuple(fragments)
 
 
@@ -154,7 +163,7 @@ def stretches(draw: st.DrawFn, limit: int) -> list[tuple[int, int]]:
 @st.composite
 def covers(draw: st.DrawFn) -> Cover:
     fragments = draw(fragment_lists())
-    physical_rows = sum(fragment.physical_rows for fragment in fragments)
+    physical_rows = sum(fragment.positions for fragment in fragments)
     positions = draw(stretches(physical_rows))
     start = draw(st.integers(0, 2**64 - 1 - physical_rows))
     row_ids = [(first, start + first, length) for first, length in positions]
@@ -308,11 +317,44 @@ def leases(draw: st.DrawFn) -> LeaseDocument:
     )
 
 
+reports = st.builds(
+    BuildReport,
+    generation=unique_ids,
+    attempt=attempts,
+    created_at=st.datetimes().map(lambda time: f"{time.isoformat()}Z"),
+    created_by=texts,
+    executor=texts,
+    workers=positives,
+    seconds=st.floats(0, 1e9),
+    phases=st.lists(
+        st.builds(PhaseReport, name=texts, seconds=st.floats(0, 1e9), rows=counts, length_bytes=counts),
+        max_size=4,
+        unique_by=lambda phase: phase.name,
+    ).map(tuple),
+    tasks=st.lists(
+        st.builds(
+            TaskReport,
+            ordinal=counts,
+            rows=counts,
+            length_bytes=counts,
+            seconds=st.none() | st.floats(0, 1e9),
+            attempts=counts,
+            worker=st.none() | texts,
+            peak_bytes=st.none() | counts,
+            losses=st.lists(texts, max_size=2).map(tuple),
+        ),
+        max_size=4,
+        unique_by=lambda task: task.ordinal,
+    ).map(tuple),
+)
+
+
 DOCUMENTS: dict[str, Callable[[], st.SearchStrategy[Document]]] = {
     "lease": leases,
     "manifest": manifests,
     "model": lambda: model_records,
     "plan": plans,
     "pointer": lambda: pointers,
+    "report": lambda: reports,
     "shard": shard_records,
 }

@@ -13,6 +13,7 @@ import pytest
 
 from lance_dfaiss.manifest import (
     BuildPlan,
+    BuildReport,
     FragmentSignature,
     LeaseDocument,
     Manifest,
@@ -35,6 +36,7 @@ _MODELS = {
     "model": ModelRecord,
     "plan": BuildPlan,
     "pointer": Pointer,
+    "report": BuildReport,
     "shard": ShardRecord,
 }
 
