@@ -82,5 +82,5 @@ $(VENV)/.stamp-docs: pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/.stamp-run
 
 $(VENV)/.stamp-bench: pyproject.toml | $(BIN)/python
-	$(PIP) -e '.[bench,serve]'
+	$(PIP) -e '.[bench,serve,ray]'
 	@touch $@ $(VENV)/.stamp-run

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import build, changing, filtered, memory, opening, search, serving, shards
+from . import build, changing, distributed, filtered, memory, opening, search, serving, shards
 from .machine import machine
 from .plot import can_plot, draw
 from .report import Outcome, Row, load_runs, markdown_table, save_run, write_page
@@ -28,6 +28,7 @@ _BENCHMARKS: Mapping[str, Callable[[Settings], Outcome]] = {
     "serve": serving.run,
     "serve-cpu": serving.run_cpu,
     "swap": serving.run_swap,
+    "distributed": distributed.run,
 }
 _DOCS = Path(__file__).parents[1] / "docs"
 _REPEATS = 5
