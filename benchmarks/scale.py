@@ -1,8 +1,8 @@
-"""How long a build takes on other machines: a simulator of its phases, fed with measured costs.
+"""How long a build takes on other machines: a simulator of its phases, fed with what things cost there.
 
 Pure arithmetic. Every phase is divided into what workers share, what the driver does alone, and what goes over the
 network; the longest of the three that can overlap, and the sum of those that cannot, is its time. ``python -m
-benchmarks.scale`` prints projections, ``--check`` compares with runs that were measured or published.
+benchmarks.scale`` prints projections, ``--check`` compares with a published run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from lance_dfaiss.plan import training_parts
 
 __all__ = [
-    "MEASURED",
+    "ASSUMED",
     "PUBLISHED",
     "Build",
     "Cluster",
@@ -294,7 +294,7 @@ def _shards(build: Build, cluster: Cluster) -> int:
     return max(cluster.workers * math.ceil(needed / cluster.workers), 1)
 
 
-MEASURED = Costs(
+ASSUMED = Costs(
     macs=2.0e10,
     sum_bytes=1.2e9,
     code_macs=8.0e9,
@@ -306,7 +306,7 @@ MEASURED = Costs(
     commit_seconds=0.3,
     shard_seconds=0.004,
 )
-"""Of one core of a shared 2-core machine, from ``python -m benchmarks --only distributed``, rounded."""
+"""Round numbers for a core of a small machine, guided by single measurements; not fitted to runs of builds yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="compare with published runs instead")
     options = parser.parse_args(arguments)
     if not options.check:
-        print(table(options.dim, options.rows, options.workers, MEASURED))
+        print(table(options.dim, options.rows, options.workers, ASSUMED))
         return
     train, encode = expected(PUBLISHED)
     print(f"{PUBLISHED.name}: training {train:.1f} min (published {PUBLISHED.train}),")
