@@ -97,7 +97,7 @@ def unharmed(
     del silent  # opened before anything else
     pid = cluster.pids[0]
     # No filters, each of which would be another one: what they find is kept, up to 256 MiB.
-    kinds = ("knn", "knn", "batch", "search")
+    kinds = ("knn", "knn", "knn", "knn", "search")
     with lance_dfaiss.connect(cluster.cluster_file) as client, Load(client, place, threads=2, kinds=kinds) as load:
         yield load
         load.wait_more(0.0)
