@@ -7,19 +7,13 @@ writer half-way, keeps what it knew, and reads again later.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, TypedDict, TypeVar
 
-from fsspec.core import url_to_fs
-
-from ..errors import ClusterFileInvalid, InvalidArgument, ManifestInvalid, MissingFile, UnsupportedFormat
+from ..errors import ClusterFileInvalid, CorruptIndex, InvalidArgument, ManifestInvalid, MissingFile, UnsupportedFormat
 from ..manifest.codec import read_document
 from ..manifest.validation import (
     Fields,
@@ -35,8 +29,7 @@ from ..manifest.validation import (
     text,
     uri,
 )
-from ..storage import LocalStore, open_store, storage_errors
-from ..storage.base import public_url
+from ..storage import LocalReplaced, RemoteReplaced, open_replaced
 from .placement import assign_groups, join_group, leave_group
 
 T = TypeVar("T")
@@ -54,10 +47,6 @@ __all__ = [
 
 _FORMAT: Final = 1
 _MAX_BYTES: Final = 16 * 1024 * 1024
-
-# No longer than this: whoever has the lock may have been stopped, or have the folder locked for something else.
-_LOCK_SECONDS: Final = 2.0
-_LOCK_PAUSE_SECONDS: Final = 0.002
 _LISTED_PROBLEMS: Final = 10
 _MAX_PORT: Final = 65_535
 
@@ -420,14 +409,11 @@ def read_cluster(location: str | os.PathLike[str], storage_options: Mapping[str,
     InvalidArgument
         If no installed backend understands the URL.
     """
-    file = _open(location, storage_options)
+    file = open_replaced(location, storage_options)
     try:
-        data = file.read()
+        return _read(file)
     except MissingFile as exc:
         raise _invalid(["there is no such file"], file.location, _NO_FILE) from exc
-    if len(data) > _MAX_BYTES:
-        raise _too_long(file.location)
-    return _decode(data, file.location)
 
 
 def existing_cluster(
@@ -495,7 +481,7 @@ def write_cluster(
     InvalidArgument
         If no installed backend understands the URL.
     """
-    file = _open(location, storage_options)
+    file = open_replaced(location, storage_options)
     value = cluster.to_json()
     ClusterFile.from_json(value, location=f"to be written to {file.location}")
     with file.alone():
@@ -523,7 +509,7 @@ def note_versions(
     DfaissError
         What `read_cluster` and `write_cluster` raise.
     """
-    file = _open(location, storage_options)
+    file = open_replaced(location, storage_options)
     with file.alone():
         cluster = read_cluster(location, storage_options)
         noted = cluster.with_versions(versions)
@@ -536,9 +522,22 @@ def _encoded(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _check_epoch(file: _LocalFile | _RemoteFile, expected_epoch: int) -> None:
+def _read(file: LocalReplaced | RemoteReplaced) -> ClusterFile:
     try:
-        found = f"epoch {_decode(file.read(), file.location).epoch}"
+        data = file.read(_MAX_BYTES)
+    except IsADirectoryError as exc:
+        raise _invalid(["this is a folder"], file.location, _NO_FILE) from exc
+    except MissingFile:
+        raise
+    except CorruptIndex as exc:
+        problem = f"expected at most {_MAX_BYTES:,} bytes, found more: this is another file"
+        raise _invalid([problem], file.location, _NO_FILE) from exc
+    return _decode(data, file.location)
+
+
+def _check_epoch(file: LocalReplaced | RemoteReplaced, expected_epoch: int) -> None:
+    try:
+        found = f"epoch {_read(file).epoch}"
     except MissingFile:
         found = "no file"
     expected = f"epoch {expected_epoch}" if expected_epoch else "no file"
@@ -692,110 +691,3 @@ def _check_groups(groups: set[int], place: Place) -> None:
     if without:
         named = ", ".join(map(str, without[:_LISTED_PROBLEMS]))
         place.report(f"{len(groups)} groups must be numbered 0 to {len(groups) - 1}, but no server is in group {named}")
-
-
-class _LocalFile:
-    """A cluster file on this machine."""
-
-    def __init__(self, path: str) -> None:
-        self.location = path
-        # A link stays one: what it leads to is replaced.
-        self._path = os.path.realpath(path)
-
-    def read(self) -> bytes:
-        if os.path.isdir(self._path):
-            raise _invalid(["this is a folder"], self.location, _NO_FILE)
-        with storage_errors(self.location, writing=False), open(self._path, "rb") as file:
-            return file.read(_MAX_BYTES + 1)
-
-    def write(self, data: bytes) -> None:
-        folder, name = os.path.split(self._path)
-        temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}")
-        with storage_errors(self.location, writing=True):
-            try:
-                with open(temporary, "xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self._path)
-            except BaseException:  # whatever ends the writing must not leave half of it behind
-                with suppress(FileNotFoundError):
-                    os.unlink(temporary)
-                raise
-            _sync_folder(folder)
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Have the other writers of this machine wait: each reads the file, and writes it with a change."""
-        try:
-            folder = os.open(os.path.dirname(self._path), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:  # nor can it be written to, and that tells more
-            yield
-            return
-        try:
-            _lock(folder)
-            yield
-        finally:
-            os.close(folder)
-
-
-def _lock(descriptor: int) -> None:
-    """Take turns with others, until the descriptor is closed."""
-    end = time.monotonic() + _LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < end:
-                time.sleep(_LOCK_PAUSE_SECONDS)
-                continue
-        except OSError:  # there are file systems without locks
-            pass
-        return
-
-
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class _RemoteFile:
-    """A cluster file behind an fsspec URL."""
-
-    def __init__(self, url: str, storage_options: Mapping[str, str] | None) -> None:
-        self.location = public_url(url)
-        self._fs, self._path = url_to_fs(url, **dict(storage_options or {}))
-
-    def read(self) -> bytes:
-        with storage_errors(self.location, writing=False):
-            self._fs.invalidate_cache()
-            info = self._fs.info(self._path)
-            if info["type"] != "file":
-                raise _invalid(["this is a folder"], self.location, _NO_FILE)
-            if info["size"] is not None and info["size"] > _MAX_BYTES:
-                raise _too_long(self.location)
-            data: bytes = self._fs.cat_file(self._path)
-        return data
-
-    def write(self, data: bytes) -> None:
-        with storage_errors(self.location, writing=True):
-            self._fs.pipe_file(self._path, data)
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Do nothing: there is no lock that all stores have."""
-        yield
-
-
-def _open(location: str | os.PathLike[str], storage_options: Mapping[str, str] | None) -> _LocalFile | _RemoteFile:
-    url = os.fspath(location)
-    # Files of an index are written once, this one is replaced: a store knows how to reach it, but not how to do that.
-    store = open_store(url, storage_options)
-    return _LocalFile(store.location) if isinstance(store, LocalStore) else _RemoteFile(url, storage_options)
-
-
-def _too_long(location: str) -> ClusterFileInvalid:
-    return _invalid([f"expected at most {_MAX_BYTES:,} bytes, found more: this is another file"], location, _NO_FILE)

@@ -29,6 +29,7 @@ from .opening import StorePlace, open_store
 from .probe import check_conditional_writes
 from .reach import Reach, check_present, read_reach
 from .remote import FsspecStore
+from .replaced import LocalReplaced, RemoteReplaced, open_replaced
 from .retries import failure_kind
 from .session import FileSession, FolderSession, SessionStore
 
@@ -42,9 +43,11 @@ __all__ = [
     "FolderSession",
     "FsspecStore",
     "HashingWriter",
+    "LocalReplaced",
     "LocalStore",
     "Reach",
     "ReadAhead",
+    "RemoteReplaced",
     "SessionStore",
     "Store",
     "StorePlace",
@@ -56,6 +59,7 @@ __all__ = [
     "failure_kind",
     "is_remote",
     "open_cache",
+    "open_replaced",
     "open_store",
     "read_document",
     "read_reach",

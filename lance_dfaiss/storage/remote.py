@@ -71,17 +71,8 @@ class FsspecStore:
     """
 
     def __init__(self, url: str, storage_options: Mapping[str, str] | None = None) -> None:
-        refuse_chained(url)
         self._location = public_url(url)
-        try:
-            self._fs, root = url_to_fs(url, **for_fsspec(url.partition("://")[0], storage_options or {}))
-        except (ImportError, ValueError) as exc:
-            raise InvalidArgument(
-                f"{self._location} cannot be opened ({without_credentials(str(exc))})",
-                remedy="Install the fsspec backend of this protocol, or correct the URL or storage_options",
-                parameter="url",
-                value=self._location,
-            ) from exc
+        self._fs, root = file_system(url, storage_options)
         self._root: str = root.rstrip("/")
         protocol = self._fs.protocol
         self._is_object_store = not _OBJECT_STORES.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
@@ -331,6 +322,22 @@ def _modified(info: Mapping[str, Any]) -> datetime | None:
         if isinstance(found, datetime):
             return found if found.tzinfo is not None else found.replace(tzinfo=timezone.utc)
     return None
+
+
+def file_system(url: str, storage_options: Mapping[str, str] | None) -> tuple[Any, str]:
+    """Return the backend for a URL, and the path that it knows the place by; raises as `FsspecStore` does."""
+    refuse_chained(url)
+    try:
+        found: tuple[Any, str] = url_to_fs(url, **for_fsspec(url.partition("://")[0], storage_options or {}))
+    except (ImportError, ValueError) as exc:
+        where = public_url(url)
+        raise InvalidArgument(
+            f"{where} cannot be opened ({without_credentials(str(exc))})",
+            remedy="Install the fsspec backend of this protocol, or correct the URL or storage_options",
+            parameter="url",
+            value=where,
+        ) from exc
+    return found
 
 
 def refuse_chained(url: str) -> None:

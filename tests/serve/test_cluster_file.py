@@ -411,7 +411,7 @@ def test_versions_that_are_noted_at_the_same_time_are_all_kept(tmp_path: Path) -
 
 
 def test_a_folder_that_somebody_keeps_locked_can_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lance_dfaiss.serve.cluster._LOCK_SECONDS", 0.01)
+    monkeypatch.setattr("lance_dfaiss.storage.replaced._LOCK_SECONDS", 0.01)
     write_cluster(tmp_path / "cluster.json", planned())
     folder = os.open(tmp_path, os.O_RDONLY)
     try:

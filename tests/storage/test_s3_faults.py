@@ -12,8 +12,16 @@ import lance
 import pytest
 
 import lance_dfaiss
-from lance_dfaiss.errors import CommitConflict, IndexNotFound, ReadOnlyStorage, StorageError
+from lance_dfaiss.errors import ClusterFileInvalid, CommitConflict, IndexNotFound, ReadOnlyStorage, StorageError
 from lance_dfaiss.progress import ProgressEvent
+from lance_dfaiss.serve.cluster import (
+    ServedIndex,
+    existing_cluster,
+    note_versions,
+    plan_cluster,
+    read_cluster,
+    write_cluster,
+)
 from lance_dfaiss.storage import FsspecStore, SessionStore, Store
 from tests.storage import cloudlife
 from tests.storage.cloudrig import REFUSED, SLOW_DOWN, Asked, S3Rig, Session, at_rate, when
@@ -69,6 +77,20 @@ def test_a_tenth_of_requests_refused(s3: S3Rig, bucket: str) -> None:
     assert s3.proxy.statuses()[503] >= 5
     s3.proxy.reset()
     check(uri, s3.options)
+
+
+def test_a_cluster_file_with_the_options_of_the_dataset(s3: S3Rig, bucket: str) -> None:
+    pytest.importorskip("s3fs")
+    location = f"{bucket}/cluster.json"
+    index = ServedIndex(name="vec_idx", dataset=f"{bucket}/data.lance", index="vec_idx")
+    assert existing_cluster(location, s3.options) is None
+    s3.proxy.fault = when(lambda asked: asked.method == "PUT", times=1)
+    write_cluster(location, plan_cluster([index], [("127.0.0.1", 4000, None)]), storage_options=s3.options)
+    s3.proxy.fault = when(lambda asked: asked.method == "GET", times=1)
+    note_versions(location, {"vec_idx": 3}, s3.options)
+    assert read_cluster(location, s3.options).versions == {"vec_idx": 3}
+    with pytest.raises(ClusterFileInvalid, match="no such file"):
+        read_cluster(f"{bucket}/other.json", s3.options)
 
 
 @pytest.mark.nightly  # botocore takes its time between repetitions
