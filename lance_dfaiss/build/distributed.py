@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from ..engine import (
-    CODE_RANGE_ROWS,
     ERROR_ROWS,
     TRANSFORM_ROWS,
     CodesPlan,
@@ -28,6 +27,7 @@ from ..engine import (
     moved_centroids,
     objective_of,
     prepare,
+    ranges_plan,
     settled,
 )
 from ..errors import InvalidVectors
@@ -37,7 +37,7 @@ from ..progress import PhaseMeter
 from ..spec import IndexSpec, ResolvedSpec
 from ..storage import Store
 from ..types import Float32Array
-from .parts import Handle, Parts
+from .parts import Parts
 from .train import TrainedModel, held_out_numbers, load_trained
 
 __all__ = ["train_distributed", "train_lists"]
@@ -86,13 +86,14 @@ def train_distributed(
     total = _settle(parts, column, meter)
     check_trainable(resolved, total, lists=spec.ivf_centroids is None, codes=spec.pq_codebook is None)
     if has_transforms(resolved):
-        parts.setup("transform", parts.one(0, "fit_transforms", parts.keep("spread", TRANSFORM_ROWS, False)))
+        parts.setup("transform", parts.one(0, "fit_transforms", parts.keep("spread", TRANSFORM_ROWS)))
     centroids = _centroids(resolved, spec, parts, total)
-    codes = codes_plan(resolved)
+    codes, ranges = codes_plan(resolved), ranges_plan(resolved)
+    if any(coded is not None and coded.by_residual for coded in (codes, ranges)):
+        parts.setup("center", centroids)
     codebook = spec.pq_codebook
     if codes is not None and codebook is None:
-        codebook = _codebook(codes, parts, centroids)
-    code_rows: list[Handle] = [] if codes is not None else parts.keep("spread", CODE_RANGE_ROWS, True)
+        codebook = _codebook(codes, parts)
     name: str = parts.one(
         0,
         "assemble",
@@ -100,9 +101,9 @@ def train_distributed(
         meter.seconds,
         centroids,
         codebook,
-        _extremes(parts) if resolved.refine is not None else None,
-        code_rows,
-        parts.keep("spread", ERROR_ROWS, False),
+        _extremes(parts, "ranges") if resolved.refine is not None else None,
+        _extremes(parts, "code_ranges") if ranges is not None else None,
+        parts.keep("spread", ERROR_ROWS),
         parts.keep("held_out", held_out_numbers(total, resolved.seed)),
     )
     trained = load_trained(plan, store, name)
@@ -130,9 +131,9 @@ def _settle(parts: Parts, column: VectorColumn, meter: PhaseMeter) -> int:
     return sum(counts)
 
 
-def _extremes(parts: Parts) -> Float32Array:
-    """Return the least and the greatest value of each dimension, float32 ``(2, dim)``."""
-    found = [pair for pair in parts.each("ranges") if pair is not None]
+def _extremes(parts: Parts, method: str) -> Float32Array:
+    """Return the least and the greatest value of each dimension over all parts, float32 ``(2, dim)``."""
+    found = [pair for pair in parts.each(method) if pair is not None]
     return np.stack([np.min([low for low, _ in found], axis=0), np.max([high for _, high in found], axis=0)])
 
 
@@ -220,10 +221,8 @@ def _initial(plan: KMeansPlan, parts: Parts, attempt: int) -> Float32Array:
     return centroids
 
 
-def _codebook(codes: CodesPlan, parts: Parts, centroids: Float32Array | None) -> Float32Array:
+def _codebook(codes: CodesPlan, parts: Parts) -> Float32Array:
     """Train the sub-quantizers, each on one part: it is given their dimensions of the rows of all parts."""
-    if codes.by_residual:
-        parts.setup("center", centroids)
     borders = [codes.sub_quantizers * index // parts.count for index in range(parts.count + 1)]
     own: list[tuple[Any, ...]] = []
     for start, stop in itertools.pairwise(borders):

@@ -15,14 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engine import (
+    CodesPlan,
     Grid,
     KMeansPlan,
     PartialSums,
+    RangesPlan,
     assemble_model,
     codes_plan,
     nearest,
     partial_sums,
     prepare,
+    ranges_plan,
     row_exponents,
     save_model,
     spread_numbers,
@@ -41,6 +44,9 @@ __all__ = ["Handle", "LocalParts", "Part", "PartRecipe", "Parts"]
 
 T = TypeVar("T")
 ScalarT = TypeVar("ScalarT", bound=np.generic)
+
+Ranges = tuple[Float32Array, Float32Array]
+"""Least and greatest value of each dimension, float32 ``(dim,)``."""
 
 Handle = Any
 """A result that stays where it was computed; an argument of later calls, alone or in a list."""
@@ -148,18 +154,18 @@ class Part:
 
     # Rows for one part to gather.
 
-    def spread(self, count: int, transformed: bool) -> Float32Array:
+    def spread(self, count: int) -> Float32Array:
         """Return the own ones of at most so many rows that are evenly spread over the sample, float32 ``(n, dim)``."""
-        return self._own(self._rows_seen() if transformed else self._rows, spread_numbers(self._total, count))
+        return self._own(self._rows, spread_numbers(self._total, count))
 
     def held_out(self, numbers: Int64Array) -> tuple[Float32Array, Int64Array, Int64Array]:
         """Return vector, fragment and offset of the own ones of some rows."""
         own = self._own
         return own(self._rows, numbers), own(self._fragment_ids, numbers), own(self._offsets, numbers)
 
-    def ranges(self) -> tuple[Float32Array, Float32Array] | None:
-        """Return the least and the greatest value of each dimension, float32 ``(dim,)``; None without rows."""
-        return (self._rows.min(axis=0), self._rows.max(axis=0)) if len(self._rows) else None
+    def ranges(self) -> Ranges | None:
+        """Return the least and the greatest value of each dimension, for the refine store."""
+        return _ranges(self._rows)
 
     # Transforms.
 
@@ -206,16 +212,20 @@ class Part:
             self._focused = plan, rows, first
         return self._focused[1:]
 
-    # Product codes.
+    # Codes.
 
     def center(self, centroids: Float32Array) -> None:
         """Take the final centroids, float32 ``(lists, dim)``."""
         self._centers, self._coded = centroids, None
 
+    def code_ranges(self) -> Ranges | None:
+        """Return the least and the greatest value of each dimension of what the own rows have scalar codes made of."""
+        return _ranges(self._code_rows(_given(ranges_plan(self._recipe.spec))))
+
     def columns(self, start: int, stop: int) -> Float32Array:
         """Return some dimensions of what the own rows have product codes trained on, float32 ``(n, stop - start)``."""
         if self._coded is None:
-            self._coded = self._code_rows()
+            self._coded = self._code_rows(_given(codes_plan(self._recipe.spec)))
         return np.ascontiguousarray(self._coded[:, start:stop])
 
     def fit_codes(self, pieces: Sequence[Float32Array], count: int) -> Float32Array:
@@ -240,8 +250,7 @@ class Part:
         order = plan.order(self._total)
         return train_sub_quantizers(self._recipe.spec, rows if order is None else rows[order], count)
 
-    def _code_rows(self) -> Float32Array:
-        plan = _given(codes_plan(self._recipe.spec))
+    def _code_rows(self, plan: CodesPlan | RangesPlan) -> Float32Array:
         numbers = plan.numbers(self._total)
         rows = self._own(self._rows_seen(), numbers)
         if not plan.by_residual:
@@ -261,7 +270,7 @@ class Part:
         centroids: Float32Array | None,
         codebook: Float32Array | None,
         extremes: Float32Array | None,
-        code_rows: Sequence[Float32Array],
+        ranges: Float32Array | None,
         error_rows: Sequence[Float32Array],
         held_out: Sequence[tuple[Float32Array, Int64Array, Int64Array]],
     ) -> str:
@@ -273,9 +282,9 @@ class Part:
             Trained for.
         seconds : float
             Spent on training so far.
-        centroids, codebook, extremes : numpy.ndarray or None
+        centroids, codebook, extremes, ranges : numpy.ndarray or None
             As `assemble_model` takes them.
-        code_rows, error_rows : sequence of numpy.ndarray
+        error_rows : sequence of numpy.ndarray
             The same, in pieces in order of the parts.
         held_out : sequence of tuple
             Vectors, fragments and offsets, in order of the parts.
@@ -293,7 +302,7 @@ class Part:
             centroids=centroids,
             codebook=codebook,
             extremes=extremes,
-            code_rows=np.concatenate(code_rows) if code_rows else None,
+            ranges=ranges,
             error_rows=np.concatenate(error_rows),
         )
         file = save_model(model, store, f"{generation}/model-{attempt}.faiss")
@@ -331,6 +340,11 @@ class Part:
         """Pick the own ones of some sorted row numbers."""
         start, stop = np.searchsorted(numbers, (self._first, self._first + len(self._rows)))
         return values[numbers[start:stop] - self._first]
+
+
+def _ranges(rows: Float32Array) -> Ranges | None:
+    """Return the bounds of some rows; None without any."""
+    return (rows.min(axis=0), rows.max(axis=0)) if len(rows) else None
 
 
 def _given(value: T | None) -> T:

@@ -21,11 +21,11 @@ from .kmeans import (
 )
 from .mask import Mask
 from .model import (
-    CODE_RANGE_ROWS,
     ERROR_ROWS,
     TRANSFORM_ROWS,
     CodesPlan,
     Model,
+    RangesPlan,
     assemble_model,
     check_trainable,
     codes_plan,
@@ -34,6 +34,7 @@ from .model import (
     limit_threads,
     lists_plan,
     prepare,
+    ranges_plan,
     spread_numbers,
     train_model,
     train_sub_quantizers,
@@ -44,7 +45,6 @@ from .rearrange import rearrange
 from .segment import CodeStage, Probed, Segment, empty_segment, flat_segment, merge_shards
 
 __all__ = [
-    "CODE_RANGE_ROWS",
     "ERROR_ROWS",
     "TRANSFORM_ROWS",
     "Capability",
@@ -56,6 +56,7 @@ __all__ = [
     "Model",
     "PartialSums",
     "Probed",
+    "RangesPlan",
     "Segment",
     "ShardEncoder",
     "assemble_model",
@@ -78,6 +79,7 @@ __all__ = [
     "objective_of",
     "partial_sums",
     "prepare",
+    "ranges_plan",
     "rearrange",
     "row_exponents",
     "save_model",

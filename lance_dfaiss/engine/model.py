@@ -9,8 +9,6 @@ which knows how many rows there are.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +23,11 @@ from .factory import Capability, capability_of, empty_index, faiss_metric, inner
 from .kmeans import KMeansPlan, on_threads, permutation, transform_rows
 
 __all__ = [
-    "CODE_RANGE_ROWS",
     "ERROR_ROWS",
     "TRANSFORM_ROWS",
     "CodesPlan",
     "Model",
+    "RangesPlan",
     "assemble_model",
     "check_trainable",
     "codes_plan",
@@ -38,6 +36,7 @@ __all__ = [
     "limit_threads",
     "lists_plan",
     "prepare",
+    "ranges_plan",
     "spread_numbers",
     "train_model",
     "train_sub_quantizers",
@@ -60,8 +59,8 @@ _OPQ_CODEWORDS = 256
 _LISTS_GAIN = 0.004
 _CODES_GAIN = 0.001
 
-CODE_RANGE_ROWS = 65_536
-"""Rows that tell a scalar quantizer its ranges."""
+# Rows that tell a scalar quantizer its ranges.
+_RANGE_ROWS = 65_536
 
 TRANSFORM_ROWS = 65_536
 """Training rows that transforms see; PCA and OPQ estimate a dim x dim matrix, not one per list."""
@@ -231,6 +230,26 @@ class CodesPlan:
         return None if total <= self.max_rows else permutation(total, _CODE_ROWS_SEED)[: self.max_rows]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RangesPlan:
+    """What is settled about the value ranges of scalar codes before they are found.
+
+    Parameters
+    ----------
+    by_residual : bool
+        Whether codes are of what is left after the centroid.
+    similarity : bool
+        Whether rows go to the centroid of the largest inner product.
+    """
+
+    by_residual: bool
+    similarity: bool
+
+    def numbers(self, total: int) -> Int64Array:
+        """Return the numbers of the rows that are looked at, increasing."""
+        return spread_numbers(total, _RANGE_ROWS)
+
+
 def lists_plan(spec: ResolvedSpec) -> KMeansPlan | None:
     """Return how the lists of an index are trained; None for types without lists."""
     base = _untrained(spec)
@@ -264,6 +283,18 @@ def codes_plan(spec: ResolvedSpec) -> CodesPlan | None:
         by_residual=bool(inner.by_residual),
         similarity=inner.metric_type == faiss.METRIC_INNER_PRODUCT,
         max_rows=int(pq.ksub) * int(pq.cp.max_points_per_centroid),
+    )
+
+
+def ranges_plan(spec: ResolvedSpec) -> RangesPlan | None:
+    """Return how the value ranges of an index are found; None for types without scalar codes."""
+    base = _untrained(spec)
+    inner = inner_index(base)
+    if not isinstance(inner, (faiss.IndexScalarQuantizer, faiss.IndexIVFScalarQuantizer, faiss.IndexHNSWSQ)):
+        return None
+    return RangesPlan(
+        by_residual=bool(getattr(inner, "by_residual", False)),
+        similarity=inner.metric_type == faiss.METRIC_INNER_PRODUCT,
     )
 
 
@@ -363,7 +394,7 @@ def assemble_model(
     centroids: Float32Array | None,
     codebook: Float32Array | None,
     extremes: Float32Array | None,
-    code_rows: Float32Array | None,
+    ranges: Float32Array | None,
     error_rows: Float32Array,
 ) -> Model:
     """Put a model together from parts that were trained apart.
@@ -380,8 +411,8 @@ def assemble_model(
         float32 ``(sub_quantizers, codewords, sub_dim)``.
     extremes : numpy.ndarray or None
         float32 ``(2, dim)``: least and greatest values of the sample, for the refine store.
-    code_rows : numpy.ndarray or None
-        float32 ``(n, dim)``, prepared and transformed: what other codes than product codes are trained on.
+    ranges : numpy.ndarray or None
+        float32 ``(2, dim)``: least and greatest values of what scalar codes are made of, for types that have them.
     error_rows : numpy.ndarray
         float32 ``(n, dim)``, prepared: what the training error is measured on.
     """
@@ -391,11 +422,8 @@ def assemble_model(
         _set_lists(ivf, centroids)
     if codebook is not None:
         _set_codebook(inner, codebook)
-    elif code_rows is not None and ivf is not None and centroids is not None:
-        with _exact_lists(ivf, centroids):
-            inner.train(code_rows)
-    elif code_rows is not None:
-        inner.train(code_rows)
+    else:
+        _set_ranges(inner, ranges)
     refine = empty_refine(spec)
     if refine is not None and extremes is not None:
         refine.train(extremes)
@@ -530,24 +558,23 @@ def _set_lists(ivf: Any, centroids: Float32Array) -> None:
     ivf.quantizer.add(centroids)
 
 
-@contextmanager
-def _exact_lists(ivf: Any, centroids: Float32Array) -> Iterator[None]:
-    """Let codes be trained with lists that are found by comparing: a graph is not built alike twice."""
-    quantizer, exact = ivf.quantizer, faiss.IndexFlat(ivf.d, ivf.metric_type)
-    exact.add(centroids)
-    ivf.quantizer = exact
-    try:
-        yield
-    finally:
-        ivf.quantizer = quantizer
-
-
 def _train_codes(inner: Any, seen: Float32Array) -> None:
     pq = getattr(inner, "pq", None)
     if pq is not None:
         _require_rows(len(seen), int(pq.ksub), "codewords", "num_bits")
     # A product quantizer draws its own subset; a scalar one only wants the range of each dimension.
-    inner.train(seen if pq is not None else _spread(seen, CODE_RANGE_ROWS))
+    inner.train(seen if pq is not None else _spread(seen, _RANGE_ROWS))
+
+
+def _set_ranges(inner: Any, ranges: Float32Array | None) -> None:
+    """Finish an index without product codes; of all rows, scalar codes only want the ends of each dimension."""
+    if not isinstance(inner, faiss.IndexIVF):
+        if ranges is not None:
+            inner.train(ranges)
+    elif ranges is not None:
+        # What is left after the centroid is given, not the rows: nothing is assigned any more.
+        inner.train_encoder(len(ranges), faiss.swig_ptr(np.ascontiguousarray(ranges)), None)
+    inner.is_trained = True
 
 
 def _train_refine(spec: ResolvedSpec, sample: Float32Array) -> Any | None:

@@ -248,7 +248,7 @@ def test_the_best_of_several_initialisations_is_kept(dataset: lance.LanceDataset
     parts = _parts(planned, 2)
     counts = [loaded[0] for loaded in parts.each("loaded")]
     parts.setup("settle", counts)
-    rows = np.concatenate(parts.each("spread", 10**6, False))
+    rows = np.concatenate(parts.each("spread", 10**6))
 
     def error(attempts: int) -> float:
         centroids = train_lists(dataclasses.replace(settings, attempts=attempts), parts, sum(counts))
