@@ -128,17 +128,19 @@ def words(settings: Settings) -> Corpus:
     return _cached(settings, "words", rows, _FRAGMENTS, make)
 
 
-def synthetic(settings: Settings, *, rows: int | None = None, fragments: int = _FRAGMENTS) -> Corpus:
+def synthetic(
+    settings: Settings, *, rows: int | None = None, dim: int | None = None, fragments: int = _FRAGMENTS
+) -> Corpus:
     """Return the synthetic set: vectors of low intrinsic dimension, as FAISS makes them for its own benchmarks."""
     count = settings.synthetic_rows if rows is None else rows
 
     def make() -> tuple[Float32Array, Float32Array, Int64Array]:
         training = 0 if settings.quick else _TRAINING_ROWS
-        made = SyntheticDataset(settings.synthetic_dim, training, count, settings.synthetic_queries)
+        made = SyntheticDataset(dim or settings.synthetic_dim, training, count, settings.synthetic_queries)
         base, asked = made.get_database(), made.get_queries()
         return base, asked, _exact(base, asked)
 
-    return _cached(settings, "synthetic", count, fragments, make)
+    return _cached(settings, "synthetic", count, fragments, make, dim=dim)
 
 
 def ranks(corpus: Corpus) -> Int64Array:
@@ -187,8 +189,11 @@ def _cached(
     rows: int,
     fragments: int,
     make: Callable[[], tuple[Float32Array, Float32Array, Int64Array]],
+    *,
+    dim: int | None = None,
 ) -> Corpus:
-    folder = settings.into / "data" / f"{name}-{rows}{'-quick' if settings.quick else ''}"
+    size = str(rows) if dim is None else f"{rows}x{dim}"
+    folder = settings.into / "data" / f"{name}-{size}{'-quick' if settings.quick else ''}"
     arrays = folder / "arrays.npz"
     if not arrays.exists():
         folder.mkdir(parents=True, exist_ok=True)

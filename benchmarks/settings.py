@@ -40,6 +40,11 @@ class Settings:
         return 16 if self.quick else 128
 
     @property
+    def wide(self) -> tuple[int, int]:
+        """Rows and dimension of a synthetic set of wider vectors."""
+        return (3_000, 48) if self.quick else (300_000, 768)
+
+    @property
     def synthetic_queries(self) -> int:
         """Queries of the synthetic set."""
         return 50 if self.quick else 2_000

@@ -53,11 +53,14 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_builds_on_a_cluster_are_measured(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     command = [sys.executable, "-m", "benchmarks", "--quick", "--repeats", "1", "--into", str(tmp_path)]
-    done = subprocess.run([*command, "--only", "distributed"], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [*command, "--only", "distributed", "train"], cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr
-    run = json.loads((tmp_path / "results-quick.json").read_text(encoding="utf-8"))["distributed"]
-    assert len(run["rows"]) >= 4
-    for row in run["rows"]:
+    runs = json.loads((tmp_path / "results-quick.json").read_text(encoding="utf-8"))
+    assert len(runs["distributed"]["rows"]) >= 11
+    assert len(runs["train"]["rows"]) == 4
+    for row in runs["distributed"]["rows"] + runs["train"]["rows"]:
         assert f"| {row['what']} | {row['ours']} | {row['peer']} |" in done.stdout
 
 
