@@ -1,8 +1,9 @@
 """Object stores for tests: real servers on loopback, behind a proxy that counts requests and makes them fail.
 
-The servers are moto (S3, in this process), azurite (Azure) and s3rver (S3 without conditional writes, so unsafe).
-The last two come from npm: they are found on the PATH, in ``node_modules`` of the repository, or in the folder that
-the environment variable NODE_PROGRAMS names; tests that need one skip where there is none.
+The servers are moto (S3, in this process), azurite (Azure), s3rver (S3 without conditional writes, so unsafe) and
+Ceph's gateway (S3 as well, see `tests.storage.radosrig`). Azurite and s3rver come from npm: they are found on the PATH,
+in ``node_modules`` of the repository, or in the folder that the environment variable NODE_PROGRAMS names; tests that
+need a server that is not installed skip.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from urllib.parse import urlsplit
 import pytest
 from lance.file import LanceFileSession as Session
 
+from tests.storage import radosrig
+
 __all__ = [
     "REFUSED",
     "SLOW_DOWN",
@@ -40,11 +43,12 @@ __all__ = [
     "at_rate",
     "azurite",
     "moto",
+    "radosgw",
     "s3rver",
     "when",
 ]
 
-ACCESS_KEY, SECRET_KEY, REGION = "test-key", "test-secret", "us-east-1"
+ACCESS_KEY, SECRET_KEY, REGION = radosrig.ACCESS_KEY, radosrig.SECRET_KEY, "us-east-1"
 AZURE_ACCOUNT = "devstoreaccount1"
 # The one key that every emulator has; it is published and opens nothing else.
 AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
@@ -373,6 +377,16 @@ def moto() -> Iterator[S3Rig]:
             yield S3Rig(proxy, f"http://{host}:{port}")
     finally:
         server.stop()
+
+
+@contextmanager
+def radosgw() -> Iterator[S3Rig]:
+    """Run Ceph's gateway with all that it needs: a dozen seconds to start."""
+    missing = radosrig.missing_programs()
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed: {radosrig.INSTALL}")
+    with radosrig.rados_gateway() as server, Proxy(server) as proxy:
+        yield S3Rig(proxy, server)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.storage.cloudrig import AzureRig, S3Rig, azurite, moto
+from tests.storage.cloudrig import AzureRig, S3Rig, azurite, moto, radosgw
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +19,12 @@ def running_moto() -> Iterator[S3Rig]:
 @pytest.fixture(scope="session")
 def running_azurite() -> Iterator[AzureRig]:
     with azurite() as rig:
+        yield rig
+
+
+@pytest.fixture(scope="session")
+def running_radosgw() -> Iterator[S3Rig]:
+    with radosgw() as rig:
         yield rig
 
 
@@ -34,6 +40,20 @@ def s3(running_moto: S3Rig) -> Iterator[S3Rig]:
 def bucket(s3: S3Rig) -> str:
     """URL of a new, empty bucket."""
     return s3.bucket(f"b{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def rados(running_radosgw: S3Rig) -> Iterator[S3Rig]:
+    """Ceph's gateway behind a proxy that lets everything through, and has counted nothing yet."""
+    running_radosgw.proxy.reset()
+    yield running_radosgw
+    running_radosgw.proxy.reset()
+
+
+@pytest.fixture
+def rados_bucket(rados: S3Rig) -> str:
+    """URL of a new, empty bucket there."""
+    return rados.bucket(f"b{uuid.uuid4().hex}")
 
 
 @pytest.fixture

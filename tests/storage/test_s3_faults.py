@@ -184,6 +184,11 @@ def test_bucket_gone_in_mid_build(s3: S3Rig, bucket: str) -> None:
 
 @pytest.mark.parametrize("index_in_bucket", [False, True])
 def test_two_builders_race(s3: S3Rig, bucket: str, tmp_path: Path, index_in_bucket: bool) -> None:
+    race(s3, bucket, tmp_path, index_in_bucket=index_in_bucket)
+
+
+def race(s3: S3Rig, bucket: str, tmp_path: Path, *, index_in_bucket: bool) -> None:
+    """Let two builders commit at one moment: one wins, and the other is told who."""
     more: dict[str, Any] = {}
     uri = f"{bucket}/data.lance"
     if index_in_bucket:
