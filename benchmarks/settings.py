@@ -45,6 +45,11 @@ class Settings:
         return (3_000, 48) if self.quick else (300_000, 768)
 
     @property
+    def very_many(self) -> tuple[int, int]:
+        """Rows and lists of the training of very many lists."""
+        return (2_000, 64) if self.quick else (262_144, 65_536)
+
+    @property
     def synthetic_queries(self) -> int:
         """Queries of the synthetic set."""
         return 50 if self.quick else 2_000

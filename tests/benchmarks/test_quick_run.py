@@ -59,7 +59,7 @@ def test_builds_on_a_cluster_are_measured(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     runs = json.loads((tmp_path / "results-quick.json").read_text(encoding="utf-8"))
     assert len(runs["distributed"]["rows"]) >= 11
-    assert len(runs["train"]["rows"]) == 4
+    assert len(runs["train"]["rows"]) == 6
     for row in runs["distributed"]["rows"] + runs["train"]["rows"]:
         assert f"| {row['what']} | {row['ours']} | {row['peer']} |" in done.stdout
 
