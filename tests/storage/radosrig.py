@@ -62,7 +62,8 @@ pid_file = {folder}/run/$name.pid
 log_file = {folder}/log/$name.log
 
 [client.rgw.a]
-rgw_frontends = beast endpoint=127.0.0.1:{http}
+# Without the second option small answers wait 40 ms for an acknowledgement.
+rgw_frontends = beast endpoint=127.0.0.1:{http} tcp_nodelay=1
 # The gateway otherwise insists on an encrypted link to the monitor, which there is none of without keys.
 ms_mon_client_mode = crc secure
 """

@@ -63,7 +63,7 @@ def test_conditional_writes_are_found_to_be_honoured(rados: S3Rig, rados_bucket:
 
 @pytest.mark.parametrize("index_in_bucket", [False, True])
 def test_two_builders_race(rados: S3Rig, rados_bucket: str, tmp_path: Path, index_in_bucket: bool) -> None:
-    race(rados, rados_bucket, tmp_path, index_in_bucket=index_in_bucket)
+    race(rados.options, rados_bucket, tmp_path, index_in_bucket=index_in_bucket)
 
 
 def test_nothing_depends_on_what_this_server_gets_wrong(rados: S3Rig, rados_bucket: str) -> None:

@@ -41,6 +41,10 @@ def is_listing(asked: Asked) -> bool:
     return asked.is_listing
 
 
+def is_range(asked: Asked) -> bool:
+    return asked.method == "GET" and "range" in asked.headers
+
+
 class After:
     """Does something when a build has finished a phase."""
 
@@ -104,15 +108,38 @@ def test_a_tenth_of_requests_refused_under_an_index_uri(s3: S3Rig, bucket: str, 
     assert s3.proxy.statuses()[503] >= 5
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_throttled_listing_is_never_empty(s3: S3Rig, bucket: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Only of the failures that get past all repetitions is there something to see: there are fewer of them here.
+@pytest.fixture
+def impatient(s3: S3Rig, bucket: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store that asks once: only of failures that get past all repetitions is there something to see."""
     monkeypatch.setattr("lance_dfaiss.storage.retries._PATIENCE_SECONDS", 0.0)
     options: dict[str, Any] = {**s3.options, "client_max_retries": "0"}
     if kind == "fsspec":
         monkeypatch.setattr(pytest.importorskip("s3fs").S3FileSystem, "retries", 1)
         options["config_kwargs"] = {"retries": {"max_attempts": 1}, "s3": {"addressing_style": "path"}}
-    store = store_at(kind, bucket, options)
+    return store_at(kind, bucket, options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_throttled_range_is_repeated(s3: S3Rig, bucket: str, kind: str) -> None:
+    store = store_at(kind, bucket, s3.options)
+    store.write("g/a", bytes(range(256)))
+    s3.proxy.fault = when(is_range, times=2)
+    assert store.read_range("g/a", 100, 50) == bytes(range(100, 150))
+    assert s3.proxy.statuses()[503] == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_throttled_range_is_no_short_file(s3: S3Rig, impatient: Store) -> None:
+    impatient.write("g/a", bytes(range(256)))
+    s3.proxy.fault = when(is_range)
+    with pytest.raises(StorageError) as caught:
+        impatient.read_range("g/a", 100, 50)
+    assert type(caught.value) is StorageError
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_throttled_listing_is_never_empty(s3: S3Rig, impatient: Store) -> None:
+    store = impatient
     store.write("g/a", b"a")
     assert [file.name for file in store.list("g")] == ["g/a"]
     s3.proxy.fault = when(is_listing)
@@ -184,22 +211,23 @@ def test_bucket_gone_in_mid_build(s3: S3Rig, bucket: str) -> None:
 
 @pytest.mark.parametrize("index_in_bucket", [False, True])
 def test_two_builders_race(s3: S3Rig, bucket: str, tmp_path: Path, index_in_bucket: bool) -> None:
-    race(s3, bucket, tmp_path, index_in_bucket=index_in_bucket)
+    if index_in_bucket:
+        pytest.importorskip("s3fs")
+    race(s3.options, bucket, tmp_path, index_in_bucket=index_in_bucket)
 
 
-def race(s3: S3Rig, bucket: str, tmp_path: Path, *, index_in_bucket: bool) -> None:
+def race(options: dict[str, str], bucket: str, tmp_path: Path, *, index_in_bucket: bool) -> None:
     """Let two builders commit at one moment: one wins, and the other is told who."""
     more: dict[str, Any] = {}
     uri = f"{bucket}/data.lance"
     if index_in_bucket:
-        pytest.importorskip("s3fs")
         uri, more = str(tmp_path / "data.lance"), {"index_uri": f"{bucket}/indexes"}
-    cloudlife.write(uri, s3.options)
+    cloudlife.write(uri, options)
     together = threading.Barrier(2)
 
     def one() -> BaseException | None:
         try:
-            build(uri, s3.options, progress=After("check", lambda: together.wait(60)), **more)
+            build(uri, options, progress=After("check", lambda: together.wait(60)), **more)
         except CommitConflict as conflict:
             return conflict
         return None
@@ -208,9 +236,9 @@ def race(s3: S3Rig, bucket: str, tmp_path: Path, *, index_in_bucket: bool) -> No
         first, second = pool.map(lambda _: one(), range(2))
     (conflict,) = [lost for lost in (first, second) if lost is not None]
     assert isinstance(conflict, CommitConflict)
-    assert conflict.theirs == lance_dfaiss.describe_index(uri, storage_options=s3.options, **more).manifest.generation
-    assert lance_dfaiss.verify_index(uri, storage_options=s3.options, **more) == []
-    check(uri, s3.options, **more)
+    assert conflict.theirs == lance_dfaiss.describe_index(uri, storage_options=options, **more).manifest.generation
+    assert lance_dfaiss.verify_index(uri, storage_options=options, **more) == []
+    check(uri, options, **more)
 
 
 def test_pointers_of_a_dataset_that_cannot_be_written(s3: S3Rig, bucket: str) -> None:

@@ -12,7 +12,12 @@ from lance_dfaiss.errors import MissingFile
 from lance_dfaiss.storage import FsspecStore, SessionStore, Store
 from lance_dfaiss.testing.stores import StoreContract
 from tests.storage import cloudlife
-from tests.storage.cloudrig import S3Rig, Session
+from tests.storage.cloudrig import Asked, S3Rig, Session, when
+from tests.storage.test_s3_faults import KINDS, store_at
+
+
+def is_part(asked: Asked) -> bool:
+    return asked.method == "PUT" and "uploadId" in asked.query
 
 
 class TestSessionOnS3(StoreContract):
@@ -88,10 +93,17 @@ def test_environment_credentials(s3: S3Rig, bucket: str, tmp_path: Path, monkeyp
     assert len(lance_dfaiss.open_index(uri, index_uri=f"{bucket}/indexes").search([0.0] * 8, k=3)) == 3
 
 
-def test_large_files_are_uploaded_in_parts(s3: S3Rig, bucket: str) -> None:
-    content = bytes(range(256)) * 4 * 6 * 1024  # beyond Lance's 5 MiB
-    store = SessionStore(Session(f"{bucket}/root", storage_options=s3.options), f"{bucket}/root")
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_files_are_uploaded_in_parts(s3: S3Rig, bucket: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = bytes(range(256)) * 4 * 11 * 1024  # beyond Lance's 5 MiB
+    if kind == "fsspec":  # which takes 50 MiB for a part
+        monkeypatch.setattr(pytest.importorskip("s3fs.core"), "calculate_chunksize", lambda *_, **__: 5 * 1024**2)
+    store = store_at(kind, bucket, s3.options)
+    # One of the parts is turned down, and it alone goes up again.
+    s3.proxy.fault = when(is_part, times=1)
     with store.create("large") as path:
         path.write_bytes(content)
-    assert s3.proxy.passed(lambda asked: "uploadId" in asked.query and asked.method == "PUT")
+    parts = s3.proxy.passed(is_part)
+    assert sum(one.sent_bytes for one in parts if one.status == 200) == len(content)
+    assert sorted(one.status for one in parts) == [200, 200, 200, 503]
     assert store.read_range("large", len(content) - 1000, 1000) == content[-1000:]
