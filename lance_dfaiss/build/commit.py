@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 
 from .._version import __version__
-from ..errors import CommitConflict, DatasetChanged, DfaissError, ModelMismatch
-from ..lance_io import PinnedDataset, VectorColumn
+from ..errors import CommitConflict, DfaissError, ModelMismatch
+from ..lance_io import PinnedDataset
 from ..manifest import (
     BuildPlan,
     BuildStatistics,
     Cover,
+    DatasetEntry,
     Manifest,
     ModelEntry,
     Pointer,
@@ -24,72 +26,21 @@ from ..manifest import (
     check_cover_disjoint,
     encode,
 )
-from ..plan import FragmentState
 from ..pointers import IN_DATASET, FoundPointer, StoredPointer, absolute_location, never_current, publish
-from ..search.snapshot import deletions_to_read, revived_fragments
 from ..storage import Store, check_present, digest_bytes, read_reach, write_document
 from .lease import Lease
 from .train import TrainedModel
 
-__all__ = ["check_still_covered", "publish_checked", "publish_manifest", "revived_in", "shard_entry", "write_manifest"]
+__all__ = [
+    "mapped_records",
+    "publish_checked",
+    "publish_manifest",
+    "shard_entry",
+    "write_manifest",
+    "write_records",
+]
 
 _log = logging.getLogger(__name__)
-
-
-def check_still_covered(
-    plan: BuildPlan, newest: PinnedDataset, column: VectorColumn, covers: Sequence[Cover] = ()
-) -> list[int]:
-    """Check that every fragment of a plan is still live and unchanged.
-
-    A fragment all of whose rows were deleted meanwhile is gone from the dataset: it changes nothing,
-    unless new fragments appeared, which its rows may have moved to.
-
-    Parameters
-    ----------
-    plan : BuildPlan
-        What is built.
-    newest : PinnedDataset
-        Newest version of the dataset.
-    column : VectorColumn
-        The column at the plan's version.
-    covers : sequence of Cover
-        Of the shards that are encoded: none of the rows they found deleted may be live again.
-
-    Returns
-    -------
-    list of int
-        Fragments of the newest version that the plan does not have: rows that were added meanwhile.
-
-    Raises
-    ------
-    DatasetChanged
-        Naming the fragments that changed or vanished.
-    """
-    states = newest.fragments(newest.vector_column(column.name))
-    now = {state.fragment_id: state for state in states}
-    planned = {cover.fragment_id: cover for task in plan.tasks for cover in task.fragments}
-    changed = {i for i, cover in planned.items() if i in now and now[i].signature != cover.signature}
-    changed |= set(revived_in(newest, covers, states))
-    gone = {i for i in planned if i not in now}
-    new = sorted(set(now) - set(planned))
-    if changed or (gone and new):
-        named = tuple(sorted(changed | gone))
-        raise DatasetChanged(
-            f"fragments {', '.join(map(str, named[:10]))} of {newest.uri} were rewritten, compacted or restored since"
-            f" version {plan.dataset.version}, over which the index is built; it now has version {newest.version}",
-            remedy="Run create_index again on the newest version; pause compaction and updates of the vector column"
-            " meanwhile",
-            fragments=named,
-        )
-    return new
-
-
-def revived_in(pinned: PinnedDataset, covers: Sequence[Cover], states: Sequence[FragmentState]) -> list[int]:
-    """Return the fragments with rows that the shards found deleted, and that are live in a version."""
-    if not any(len(cover.deleted) for cover in covers):
-        return []
-    live = {i: pinned.live_offsets(i) for i in deletions_to_read(covers, states)}
-    return revived_fragments(covers, states, live)
 
 
 def write_manifest(
@@ -97,6 +48,7 @@ def write_manifest(
     trained: TrainedModel,
     records: Sequence[ShardRecord],
     *,
+    dataset: DatasetEntry,
     recall: RecallReport | None,
     seconds: Sequence[tuple[str, float]],
     parent: str | None = None,
@@ -111,6 +63,8 @@ def write_manifest(
         Its model.
     records : sequence of ShardRecord
         One per task, in order.
+    dataset : DatasetEntry
+        Version and column that their covers are true of.
     recall : RecallReport or None
         What was measured.
     seconds : sequence of (str, float)
@@ -149,7 +103,7 @@ def write_manifest(
             file=trained.record.file,
             fingerprint=trained.record.fingerprint,
         ),
-        dataset=plan.dataset,
+        dataset=dataset,
         shards=entries,
         skipped=_total_skipped(records),
         statistics=BuildStatistics(
@@ -321,6 +275,32 @@ def _point_back(
         _log.warning("index %r: %s", name, conflict)
     except Exception as exc:  # what made this necessary is raised, and matters more
         _log.error("index %r: the new generation could not be taken back and stays current, unchecked: %r", name, exc)
+
+
+def mapped_records(records: Sequence[ShardRecord], covers: Sequence[Cover], generation: str) -> list[ShardRecord]:
+    """Return shards with what is known of compactions, those that were moved with a record of their own that says so.
+
+    Parameters
+    ----------
+    records : sequence of ShardRecord
+        As they are stored.
+    covers : sequence of Cover
+        What they cover by now, one each.
+    generation : str
+        Where new records will lie; they are not written yet.
+    """
+    return [
+        record
+        if cover.remap == record.cover.remap
+        else replace(record, generation=generation, attempt=uuid.uuid4().hex[:12], cover=cover)
+        for record, cover in zip(records, covers, strict=True)
+    ]
+
+
+def write_records(store: Store, records: Sequence[ShardRecord]) -> None:
+    """Write records of shards whose files are there."""
+    for record in records:
+        store.write(shard_entry(record).record.name, encode(record))
 
 
 def shard_entry(record: ShardRecord) -> ShardEntry:

@@ -9,7 +9,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .. import engine
@@ -62,7 +62,7 @@ from ..types import (
     Refine,
 )
 from .check import RecallMeter, ShardCheck
-from .commit import check_still_covered, publish_manifest, revived_in, write_manifest
+from .commit import publish_manifest, write_manifest, write_records
 from .encode import EncodeJob
 from .executors import namespace_asked, open_runner, store_place, uses_ray, worker_budget_bytes, working_cores
 from .lease import Lease, is_leased
@@ -71,6 +71,7 @@ from .ray_runner import RayRunner
 from .ray_training import train_on_ray
 from .report import ReportBook, TimedWork
 from .runner import LocalRunner
+from .standing import check_handle_is_new, removal_told, revived_in, stand
 from .train import TrainedModel, find_trained, load_arrays, train
 
 __all__ = ["PlannedBuild", "create_index", "plan_index", "plan_resolved", "remove_unfinished", "run_build"]
@@ -268,8 +269,11 @@ def create_index(
         Before anything is written.
     InvalidVectors
         If there is nothing to index, or ``on_invalid="error"`` met a bad row.
-    RecallTooLow, CommitConflict, DatasetChanged
+    RecallTooLow, CommitConflict
         At the end; the dataset keeps the index it had.
+    DatasetChanged
+        If the handle is behind the newest version; or at the end, if hardly any row that was encoded is left as it was.
+        Rows that were compacted meanwhile are followed; those added or written anew are left for `update_index`.
     StorageError
         If files could not be written; run again with ``resume=True``.
     """
@@ -406,14 +410,7 @@ def plan_resolved(
         previous=None if previous is None else previous.pointer.generation,
         tasks=tasks,
     )
-    added = check_still_covered(plan, pinned.latest(), column)
-    if added:
-        raise DatasetChanged(
-            f"the dataset handle is at version {pinned.version}, and a newer version has rows in fragments"
-            f" {', '.join(map(str, added[:10]))} that the index would not cover",
-            remedy="Call checkout_latest() on the handle first",
-            fragments=tuple(added),
-        )
+    check_handle_is_new(plan, pinned.latest(), column)
     place_of_store = store_place(pinned, options.index_uri)
     place = DatasetPlace.of(pinned, namespace_asked(options))
     if on_ray and place.namespace is None and has_foreign_client(pinned.lance):
@@ -503,14 +500,16 @@ def _phases(
     # Before the model: whoever goes on finds an unfinished build, and so its model, by the plan.
     if not store.exists(f"{plan.generation}/{_PLAN_FILE}"):
         store.write(f"{plan.generation}/{_PLAN_FILE}", encode(plan))
-    trained = _train(planned, plan, pinned, runner, meter)
+    with removal_told(plan, pinned, planned.column):
+        trained = _train(planned, plan, pinned, runner, meter)
     lease.check()
     meter.finish()
     book.end(meter)
     _log.info("index %r: model %s trained on %d rows", plan.name, plan.spec.factory, trained.record.sampled_rows)
 
     meter = PhaseMeter(progress, "encode", sum(task.physical_rows for task in plan.tasks))
-    records = _encode(planned, plan, pinned, trained, runner, meter, book)
+    with removal_told(plan, pinned, planned.column):
+        records = _encode(planned, plan, pinned, trained, runner, meter, book)
     meter.finish()
     book.end(meter)
     indexed = sum(record.indexed_rows for record in records)
@@ -523,10 +522,20 @@ def _phases(
     book.end(meter)
 
     meter = PhaseMeter(progress, "commit")
-    added = check_still_covered(plan, pinned.latest(), planned.column, [record.cover for record in records])
-    if added:
-        _log.warning("index %r does not cover fragments that were added while it was built: %s", plan.name, added[:10])
-    manifest = write_manifest(plan, trained, records, recall=recall, seconds=book.seconds, parent=parent)
+    # The plan of a build that is gone on with may name an earlier version, where the fragments were the same.
+    built = replace(plan.dataset, version=pinned.version)
+    inside = planned.options.index_uri is None
+    standing = stand(records, built, plan.spec.dim, pinned.latest(), plan.generation, inside=inside)
+    write_records(store, standing.unwritten)
+    manifest = write_manifest(
+        plan,
+        trained,
+        standing.records,
+        dataset=standing.dataset,
+        recall=recall,
+        seconds=book.seconds,
+        parent=parent,
+    )
     publish_manifest(
         manifest,
         pinned=pinned,
@@ -539,6 +548,7 @@ def _phases(
     book.end(meter)
     book.write(store, plan.generation)
     _log.info("index %r: generation %s is current", plan.name, plan.generation)
+    standing.tell(plan.name, pinned.version, plan.spec.dim)
     return manifest
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from .._version import __version__
 from ..lance_io import LanceDataset, Namespace, PinnedDataset, open_dataset
-from ..manifest import DatasetEntry, Manifest, ShardRecord, SkipCounts, encode
+from ..manifest import DatasetEntry, Manifest, ShardRecord, SkipCounts
 from ..pointers import IN_DATASET, find_pointer
 from ..search.load import Generation, read_generation
 from ..search.resolve import Resolution, resolve_generation
 from ..storage import Store
-from .commit import publish_manifest, shard_entry
+from .commit import mapped_records, publish_manifest, shard_entry, write_records
 from .lease import Lease
 
 __all__ = ["CurrentIndex", "open_current"]
@@ -118,12 +117,7 @@ class CurrentIndex:
         generation : str
             Where new records will lie; they are not written yet.
         """
-        mapped = []
-        for record, cover in zip(self.resolution.records, self.resolution.covers, strict=True):
-            if cover.remap != record.cover.remap:
-                record = replace(record, generation=generation, attempt=uuid.uuid4().hex[:12], cover=cover)
-            mapped.append(record)
-        return mapped
+        return mapped_records(self.resolution.records, self.resolution.covers, generation)
 
     def derive(self, generation: str, records: Sequence[ShardRecord], seconds: float) -> Manifest:
         """Return the manifest of a generation of the same model, over the newest version.
@@ -186,10 +180,8 @@ class CurrentIndex:
         LeaseExpired, CorruptIndex
             If files may be gone, or are.
         """
-        for record in records:
-            name = shard_entry(record).record.name
-            if record.generation == manifest.generation and not self.store.exists(name):
-                self.store.write(name, encode(record))
+        mine = [record for record in records if record.generation == manifest.generation]
+        write_records(self.store, [r for r in mine if not self.store.exists(shard_entry(r).record.name)])
         publish_manifest(
             manifest,
             pinned=self.pinned,

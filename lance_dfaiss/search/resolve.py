@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import DatasetChanged, InsufficientData, UnknownColumn, UnsupportedColumn
 from ..lance_io import DatasetHistory, PinnedDataset, VectorColumn
-from ..manifest import Cover, Manifest, ShardRecord
+from ..manifest import Cover, DatasetEntry, ShardRecord
 from ..plan import FragmentState
 from ..types import Int64Array
 from .lineage import apply_rewrites, find_rewrites
@@ -32,7 +32,7 @@ from .snapshot import (
     settle,
 )
 
-__all__ = ["Resolution", "resolve_generation"]
+__all__ = ["Resolution", "column_of", "resolve_generation", "resolve_records"]
 
 LiveOffsets = Mapping[tuple[int, str], Int64Array]
 
@@ -103,19 +103,68 @@ def resolve_generation(
     DatasetChanged
         If the version has no such column, or its vectors have another dimension.
     """
-    manifest = generation.manifest
+    manifest, found = generation.manifest, generation.found
     held = generation.records if records is None else tuple(records)
-    records, layout = (held, None) if portion is None else (generation.records, _layout(generation, held, portion))
-    column = _column(pinned, manifest)
+    return _resolve(
+        pinned,
+        manifest.dataset,
+        manifest.spec.dim,
+        held if portion is None else generation.records,
+        own=found.origin == "metadata" and found.pointer.root == pinned.root,
+        before=before,
+        portion=portion,
+        layout=None if portion is None else _layout(generation, held, portion),
+    )
+
+
+def resolve_records(
+    pinned: PinnedDataset, built: DatasetEntry, dim: int, records: Sequence[ShardRecord], *, own: bool
+) -> Resolution:
+    """Resolve shards that no pointer leads to yet, as `resolve_generation` will when one does.
+
+    Parameters
+    ----------
+    pinned : PinnedDataset
+        The version.
+    built : DatasetEntry
+        The version and column that the shards were encoded over.
+    dim : int
+        Dimension of their vectors.
+    records : sequence of ShardRecord
+        The shards.
+    own : bool
+        The version is known to be of the dataset that ``built`` tells of: row ids mean the same.
+
+    Raises
+    ------
+    DatasetChanged
+        If the version has no such column, or its vectors have another dimension.
+    """
+    return _resolve(pinned, built, dim, tuple(records), own=own)
+
+
+def _resolve(
+    pinned: PinnedDataset,
+    built: DatasetEntry,
+    dim: int,
+    records: tuple[ShardRecord, ...],
+    *,
+    own: bool,
+    before: Resolution | None = None,
+    portion: Portion | None = None,
+    layout: Layout | None = None,
+) -> Resolution:
+    column = column_of(pinned, built, dim)
     states = pinned.fragments(column)
-    covers, since = _known(records, manifest, before, pinned.version)
+    covers, since = _known(records, built, before, pinned.version)
     located = locate(covers, states)
     followed, unknown = _follow(pinned, column, located, states, since)
-    if len(unknown) and _may_trust_row_ids(pinned, column, generation):
+    # A column that was cast, or dropped and written anew, has another field: its values changed, its rows did not.
+    if len(unknown) and own and pinned.stable_row_ids and column.field_id == built.field_id:
         followed = Places.join([followed, _by_row_id(pinned, covers, located, followed, unknown, states)])
     # Rows of two shards may have become neighbours, and one run: each cover has its own.
     followed = followed.cut(np.cumsum([cover.physical_rows for cover in covers]))
-    _check_followed(pinned, manifest, column, located, followed)
+    _check_followed(pinned, built, dim, column, located, followed)
     live = _live_offsets(pinned, _with_deletions(covers, states, located, followed, layout), before)
     snapshot = settle(covers, states, located, followed, live[0], version=pinned.version, layout=layout)
     remaps = new_remaps(covers, states, located, followed, version=pinned.version)
@@ -139,32 +188,39 @@ def resolve_generation(
     )
 
 
-def _column(pinned: PinnedDataset, manifest: Manifest) -> VectorColumn:
-    name = manifest.dataset.column
+def column_of(pinned: PinnedDataset, built: DatasetEntry, dim: int) -> VectorColumn:
+    """Return the column that an index was built over, as it is in a version.
+
+    Raises
+    ------
+    DatasetChanged
+        If the version has no such column, or its vectors have another dimension.
+    """
+    name = built.column
     try:
-        column = pinned.find_column(name, manifest.dataset.field_id, manifest.spec.dim)
+        column = pinned.find_column(name, built.field_id, dim)
     except (UnknownColumn, UnsupportedColumn, InsufficientData) as exc:
         raise DatasetChanged(
             f"dataset version {pinned.version} has no vector column {name!r}, over which the index was built",
             remedy="Open the dataset at a version that has it, or index the column that took its place",
             fragments=(),
         ) from exc
-    if column.dim != manifest.spec.dim:
-        raise _other_dimension(pinned, column, manifest)
+    if column.dim != dim:
+        raise _other_dimension(pinned, column, dim)
     return column
 
 
-def _other_dimension(pinned: PinnedDataset, column: VectorColumn, manifest: Manifest) -> DatasetChanged:
+def _other_dimension(pinned: PinnedDataset, column: VectorColumn, dim: int) -> DatasetChanged:
     return DatasetChanged(
         f"column {column.name!r} of dataset version {pinned.version} holds vectors of dimension {column.dim},"
-        f" the index was built over {manifest.spec.dim}",
+        f" the index was built over {dim}",
         remedy="Build the index again with create_index(..., replace=True)",
         fragments=(),
     )
 
 
 def _check_followed(
-    pinned: PinnedDataset, manifest: Manifest, column: VectorColumn, located: Located, followed: Places
+    pinned: PinnedDataset, built: DatasetEntry, dim: int, column: VectorColumn, located: Located, followed: Places
 ) -> None:
     """Check that a column without one indexed row can be the one that was indexed.
 
@@ -179,11 +235,11 @@ def _check_followed(
         with suppress(InsufficientData):  # no list tells
             now = pinned.vector_column(column.name)
             if now.dim != column.dim:
-                raise _other_dimension(pinned, now, manifest)
-    if column.name == manifest.dataset.column:
+                raise _other_dimension(pinned, now, dim)
+    if column.name == built.column:
         return
     raise DatasetChanged(
-        f"dataset version {pinned.version} has no column {manifest.dataset.column!r}, over which the index was built;"
+        f"dataset version {pinned.version} has no column {built.column!r}, over which the index was built;"
         f" column {column.name!r} has its field id, but none of its rows",
         remedy="Open the dataset at a version that has it, or index the column that took its place",
         fragments=(),
@@ -191,16 +247,16 @@ def _check_followed(
 
 
 def _known(
-    records: Sequence[ShardRecord], manifest: Manifest, before: Resolution | None, version: int
+    records: Sequence[ShardRecord], built: DatasetEntry, before: Resolution | None, version: int
 ) -> tuple[tuple[Cover, ...], int]:
     """Return the covers with all that is known of compactions, and the version at which they were true."""
     if before is None or before.snapshot.version > version:
-        return tuple(record.cover for record in records), manifest.dataset.version
+        return tuple(record.cover for record in records), built.version
     learned = {record.index.name: cover for record, cover in zip(before.records, before.covers, strict=True)}
     covers = tuple(_newer(record.cover, learned.get(record.index.name)) for record in records)
     # A generation's own covers were true at its version, those that were learned at the version before this one.
     everything = all(record.index.name in learned for record in records)
-    since = manifest.dataset.version
+    since = built.version
     return covers, max(since, before.snapshot.version) if everything else since
 
 
@@ -229,20 +285,6 @@ def _follow(
     moved, targets = apply_rewrites(lost, gone, rewrites)
     arrived = [i for i, state in targets.items() if i in present and present[i].signature == state.signature]
     return moved.in_fragments(arrived), moved.in_fragments(unknown)
-
-
-def _may_trust_row_ids(pinned: PinnedDataset, column: VectorColumn, generation: Generation) -> bool:
-    """Tell whether row ids mean the same as when the index was built: not in a copy of the dataset.
-
-    A column that was cast, or dropped and written anew, has another field: its values changed, its rows did not.
-    """
-    found = generation.found
-    return (
-        pinned.stable_row_ids
-        and column.field_id == generation.manifest.dataset.field_id
-        and found.origin == "metadata"
-        and found.pointer.root == pinned.root
-    )
 
 
 def _by_row_id(

@@ -91,9 +91,9 @@ def current_of(dataset: Any, **options: Any) -> CurrentIndex:
     return open_current(dataset, where.pop("name", None), **where)
 
 
-def tail_of(dataset: Any) -> set[int]:
+def tail_of(dataset: Any, **options: Any) -> set[int]:
     """Return the addresses of the rows that no shard covers."""
-    current = current_of(dataset)
+    current = current_of(dataset, **options)
     found: set[int] = set()
     for fragment in current.resolution.snapshot.tail:
         offsets = fragment.offsets

@@ -46,18 +46,6 @@ def _restore(path: Path, version: int) -> None:
     lance.dataset(str(path)).checkout_version(version).restore()  # type: ignore[no-untyped-call]
 
 
-def test_rows_restored_during_the_build_end_it(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path / "d", clustered(400, DIM, 1), rows_per_fragment=100)
-    first = dataset.version
-    dataset.delete("id < 50")
-    with pytest.raises(DatasetChanged, match="restored") as caught:
-        lance_dfaiss.create_index(
-            dataset, "vec", "FLAT", progress=Until("check", 0, lambda: _restore(tmp_path / "d", first))
-        )
-    assert caught.value.fragments == (0,)
-    assert lance_dfaiss.list_indices(str(tmp_path / "d")) == []
-
-
 def test_a_resumed_build_encodes_restored_rows(tmp_path: Path) -> None:
     vectors = clustered(400, DIM, 1)
     dataset = make_dataset(tmp_path / "d", vectors, rows_per_fragment=100)
@@ -103,16 +91,6 @@ def test_a_handle_behind_the_newest_rows_is_refused_before_the_work(tmp_path: Pa
     assert caught.value.fragments == (4,)
     dataset.checkout_latest()  # type: ignore[no-untyped-call]
     assert len(lance_dfaiss.open_index(lance_dfaiss.create_index(dataset, "vec", "FLAT"))) == 800
-
-
-def test_rows_added_during_the_build_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    dataset = make_dataset(tmp_path / "d", clustered(400, DIM, 1), rows_per_fragment=100)
-
-    def append() -> None:
-        lance.write_dataset(dataset.to_table(), str(tmp_path / "d"), mode="append")
-
-    lance_dfaiss.create_index(dataset, "vec", "FLAT", progress=Until("check", 0, append))
-    assert [record.levelname for record in caplog.records if "does not cover" in record.message] == ["WARNING"]
 
 
 def test_auto_reckons_with_the_rows_that_can_be_indexed(tmp_path: Path) -> None:

@@ -134,19 +134,27 @@ def test_build_loses_to_a_drop_that_came_first(nursery: Nursery, tmp_path: Path)
     assert generations(path) == before
 
 
-def test_compaction_during_a_build_is_named(nursery: Nursery, tmp_path: Path) -> None:
+def test_builds_that_race_across_a_compaction(nursery: Nursery, tmp_path: Path) -> None:
     path = tmp_path / "dataset"
     dataset = datasets.write(path)
-    meeting = Meeting(tmp_path, ("build",))
-    started = nursery.start("build", tmp_path, dataset=str(path), meeting=meeting.paths["build"], **RACE)
-    meeting.wait("build")
+    build = {"dataset": str(path), **RACE}
+    meeting = Meeting(tmp_path, ("a", "b"))
+    started = {name: nursery.start("build", tmp_path, meeting=meeting.paths[name], **build) for name in ("a", "b")}
+    for name in started:
+        meeting.wait(name)
     dataset.optimize.compact_files(target_rows_per_fragment=10_000)
-    meeting.release("build")
-    outcome = nursery.wait(started)
-    assert outcome.error == "DatasetChanged", outcome.trace
-    assert outcome.facts["fragments"] == "(0, 1, 2, 3)"
-    assert lance_dfaiss.list_indices(str(path)) == []
-    assert datasets.files(path / "_dfaiss") == {}
+    for name in started:
+        meeting.release(name)
+    outcomes = [nursery.wait(each) for each in started.values()]
+    assert sorted(each.error for each in outcomes) == ["", "CommitConflict"], [each.trace for each in outcomes]
+    assert len(generations(path)) == 1, "files of the loser were left"
+    assert lance_dfaiss.verify_index(str(path)) == []
+    stats = lance_dfaiss.open_index(str(path)).stats()
+    assert (stats.mapped_rows, stats.unsaved_rows, stats.tail_rows) == (stats.live_rows, 0, 0)
+    undisturbed = datasets.write(tmp_path / "other")
+    create_index(undisturbed, "vector", **RACE)
+    distances = lance_dfaiss.open_index(str(path)).knn(datasets.vectors(20, seed=99))[0]
+    assert (distances == lance_dfaiss.open_index(undisturbed).knn(datasets.vectors(20, seed=99))[0]).all()
 
 
 def test_rows_deleted_during_a_build_do_not_come_back(nursery: Nursery, tmp_path: Path) -> None:
