@@ -10,6 +10,10 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 
+# FAISS's threads spin while they wait for each other: most of their time, where data are as few as in tests, and it
+# takes the cores from whatever else runs. Read when FAISS is loaded, also by the processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # The machines that run this are shared and slow at times: a slow example says nothing about the code.
 _SHARED = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 

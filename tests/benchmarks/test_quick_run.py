@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +19,34 @@ from benchmarks.report import BEGIN, END, compared, markdown_table, write_page
 from benchmarks.timing import interleaved, interleaved_prepared, paired_ratio
 
 ROOT = Path(__file__).parents[2]
-NAMES = [
-    "build",
-    "search",
-    "shards",
-    "open",
-    "memory",
-    "filter",
-    "refresh",
-    "update",
-    "tail",
-    "serve",
-    "serve-cpu",
-    "swap",
+# All that need no Ray. Serving takes about as long as all others together, and much of that is waiting for processes.
+PARTS = [
+    ["build", "search", "shards", "open", "memory", "filter", "refresh", "update", "tail"],
+    ["serve", "serve-cpu", "swap"],
 ]
+NAMES = [name for part in PARTS for name in part]
 
 
 @pytest.fixture(scope="module")
-def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bench")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """Run the parts side by side; return their results, and all that they printed."""
     # One OpenMP thread: on a machine that is busy with other tests, more of them wait for each other.
     environment = {key: value for key, value in os.environ.items() if key != "LANCE_DFAISS_WORDNET"}
     environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--repeats", "1", "--into", str(folder)]
-    command += ["--only", *NAMES]  # all that need no cluster
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr
-    (folder / "printed.txt").write_text(done.stdout, encoding="utf-8")
-    return folder
+
+    def run(part: list[str], folder: Path) -> tuple[dict[str, Any], str]:
+        command = [sys.executable, "-m", "benchmarks", "--quick", "--repeats", "1", "--into", str(folder)]
+        command += ["--only", *part]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+        assert done.returncode == 0, done.stderr
+        return json.loads((folder / "results-quick.json").read_text(encoding="utf-8")), done.stdout
+
+    with ThreadPoolExecutor(len(PARTS)) as pool:
+        found = list(pool.map(run, PARTS, [tmp_path_factory.mktemp("bench") for _ in PARTS]))
+    results: dict[str, Any] = {}
+    for part, _ in found:
+        results |= part
+    return results, "".join(printed for _, printed in found)
 
 
 @pytest.mark.nightly
@@ -65,13 +66,13 @@ def test_builds_on_a_cluster_are_measured(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(quick_run: Path) -> Any:
-    return json.loads((quick_run / "results-quick.json").read_text(encoding="utf-8"))
+def runs(quick_run: tuple[dict[str, Any], str]) -> Any:
+    return quick_run[0]
 
 
-def test_every_benchmark_says_what_it_found_and_where(runs: Any, quick_run: Path) -> None:
+def test_every_benchmark_says_what_it_found_and_where(quick_run: tuple[dict[str, Any], str]) -> None:
+    runs, printed = quick_run
     assert list(runs) == NAMES
-    printed = (quick_run / "printed.txt").read_text(encoding="utf-8")
     for run in runs.values():
         assert run["rows"]
         assert run["quick"] is True
