@@ -131,7 +131,7 @@ def test_the_number_of_shards_changes_nothing(tmp_path: Path, name: str, metric:
     queries = clustered(30, DIM, 7)
     widths: list[dict[str, Any]] = [{}] if name in ("FLAT", "SQ8") else [{"nprobe": 1}, {"nprobe": 3}, {"nprobe": 8}]
     expected: list[list[tuple[np.ndarray, np.ndarray]]] = []
-    for num_shards in (1, 2, 7):
+    for num_shards in (1, 7):
         index = _opened(plain, num_shards, metric, _INDEXES[name])
         assert index.stats().shards == num_shards
         assert index.stats().segments == 1
@@ -149,7 +149,7 @@ def test_the_number_of_shards_hardly_changes_recall(tmp_path: Path, name: str, m
     queries = clustered(200, DIM, 9)
     truth = Exact(plain, metric)
     recalls = []
-    for num_shards in (1, 2, 7):
+    for num_shards in (1, 7):
         index = _opened(plain, num_shards, metric, _APPROXIMATE[name])
         widths: dict[str, Any] = {"ef": 128} if "HNSW" in name else {"nprobe": 8, "k_factor": 16}
         recalls.append(truth.recall(queries, index.knn(queries, 10, **widths)[1]))
