@@ -21,8 +21,8 @@ from benchmarks.timing import interleaved, interleaved_prepared, paired_ratio
 ROOT = Path(__file__).parents[2]
 # All that need no Ray. Serving takes about as long as all others together, and much of that is waiting for processes.
 PARTS = [
-    ["build", "search", "shards", "open", "memory", "filter", "refresh", "update", "tail"],
-    ["serve", "serve-cpu", "swap"],
+    ["build", "search", "shards", "open", "memory", "filter", "refresh", "update", "tail", "swap"],
+    ["serve", "serve-cpu"],
 ]
 NAMES = [name for part in PARTS for name in part]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -65,8 +66,13 @@ def module_names(root: Path) -> dict[str, Path]:
     return names
 
 
-def imports_of(root: Path, name: str, path: Path) -> Iterator[Import]:
-    """Every import in a file, with relative ones made absolute."""
+@cache
+def imports_of(root: Path, name: str, path: Path) -> tuple[Import, ...]:
+    """Every import in a file, with relative ones made absolute; the files of this repository are read by many tests."""
+    return tuple(_imports_of(root, name, path))
+
+
+def _imports_of(root: Path, name: str, path: Path) -> Iterator[Import]:
     here = [root.name, *name.split(".")] if name else [root.name]
     package = here if path.name == "__init__.py" else here[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
