@@ -82,5 +82,5 @@ $(VENV)/.stamp-docs: pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/.stamp-run
 
 $(VENV)/.stamp-bench: pyproject.toml | $(BIN)/python
-	$(PIP) -e '.[bench,serve,ray]'
+	$(PIP) -e '.[bench,serve,ray,s3]'
 	@touch $@ $(VENV)/.stamp-run

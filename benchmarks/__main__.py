@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import build, changing, distributed, filtered, memory, opening, search, serving, shards, training
+from . import build, changing, distributed, filtered, memory, opening, search, serving, shards, storing, training
 from .machine import machine
 from .plot import can_plot, draw
 from .report import Outcome, Row, load_runs, markdown_table, save_run, write_page
@@ -30,6 +30,7 @@ _BENCHMARKS: Mapping[str, Callable[[Settings], Outcome]] = {
     "swap": serving.run_swap,
     "distributed": distributed.run,
     "train": training.run,
+    "storing": storing.run,
 }
 _DOCS = Path(__file__).parents[1] / "docs"
 _REPEATS = 5

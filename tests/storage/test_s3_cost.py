@@ -94,6 +94,7 @@ def test_what_a_build_costs(s3: S3Rig, uri: str) -> None:
     # Beside the rows: a few requests for each of the dozen files of an index, none for a row.
     everything = s3.proxy.passed()
     assert len(everything) - len(requests) <= 160
+    assert s3.proxy.most_at_once <= 64
     assert max(one.sent_bytes for one in everything) >= ROWS // 2 * DIM  # a shard goes up in one piece
 
 
