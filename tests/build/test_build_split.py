@@ -63,8 +63,15 @@ def check(dataset: lance.LanceDataset, index: Index) -> None:
     assert len(index) == len(truth)
 
 
-@pytest.mark.parametrize("stable", [False, True])
-@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize(
+    ("kind", "stable"),
+    [
+        ("FLAT", False),
+        ("IVF_FLAT", True),
+        pytest.param("FLAT", True, marks=pytest.mark.nightly),
+        pytest.param("IVF_FLAT", False, marks=pytest.mark.nightly),
+    ],
+)
 def test_split_index_is_exact_and_stays_so(tmp_path: Path, kind: str, stable: bool) -> None:
     dataset = write(tmp_path / "d", stable=stable)
     dataset = create_index(dataset, "vec", **EXACT[kind], num_workers=2)

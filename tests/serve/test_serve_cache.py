@@ -19,13 +19,13 @@ DIM = 8
 QUERIES = clustered(5, DIM, 2)
 
 
-def serve(path: Path, folder: Path, **options: object) -> tuple[Float32Array, UInt64Array]:
-    """Start two servers with half of the shards each, ask them, and stop them."""
+def serve(path: Path, folder: Path, *, servers: int, **options: object) -> tuple[Float32Array, UInt64Array]:
+    """Start servers with as many shards each, ask them, and stop them."""
     index = ServedIndex(name="i", dataset=str(path), index="vec_idx")
     with (
         LocalCluster(
             [index],
-            servers=2,
+            servers=servers,
             cluster_file=folder / "cluster.json",
             http=False,
             options=ServeOptions(threads=1, **options),  # type: ignore[arg-type]
@@ -35,12 +35,12 @@ def serve(path: Path, folder: Path, **options: object) -> tuple[Float32Array, UI
         return client.knn(QUERIES, 10)
 
 
-def test_servers_share_one_folder_and_start_from_it(tmp_path: Path) -> None:
+def test_servers_share_one_folder_and_one_starts_from_it(tmp_path: Path) -> None:
     path, cache = tmp_path / "d", tmp_path / "cache"
     dataset = make_dataset(path, clustered(800, DIM, 1), rows_per_fragment=100)
     dataset = lance_dfaiss.create_index(dataset, "vec", "IVF_FLAT", num_partitions=4, num_shards=8)
     expected = lance_dfaiss.open_index(dataset).knn(QUERIES, 10)
-    same_rows(serve(path, tmp_path, cache_dir=str(cache), cache_bytes=10**8), expected)
+    same_rows(serve(path, tmp_path, servers=2, cache_dir=str(cache), cache_bytes=10**8), expected)
     # The files of eight shards, their records, the model: each once, whoever read it.
     kept = {file.name: file for file in cache.rglob("*") if file.is_file()}
     files = [*path.glob("_dfaiss/*/shard-*.faiss"), *path.glob("_dfaiss/*/model-*.faiss")]
@@ -49,12 +49,12 @@ def test_servers_share_one_folder_and_start_from_it(tmp_path: Path) -> None:
     assert len(kept) == 17
     for file in [*files, *path.glob("_dfaiss/*/shard-*.json")]:
         file.unlink()
-    same_rows(serve(path, tmp_path, cache_dir=str(cache)), expected)
+    same_rows(serve(path, tmp_path, servers=1, cache_dir=str(cache)), expected)
     for file in cache.rglob("*"):
         if file.is_file():
             file.write_bytes(b"damaged")
     with pytest.raises(DfaissError):  # neither here nor there
-        serve(path, tmp_path, cache_dir=str(cache))
+        serve(path, tmp_path, servers=1, cache_dir=str(cache))
 
 
 def test_size_without_a_folder_is_refused(tmp_path: Path) -> None:
