@@ -2,54 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import uuid
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
-from .. import engine
 from ..errors import (
     BudgetExceeded,
     CommitConflict,
-    CorruptIndex,
     DatasetChanged,
-    IndexExists,
     InsufficientData,
     InvalidArgument,
     InvalidVectors,
-    ReadOnlyStorage,
     RecallTooLow,
-    StorageError,
 )
-from ..lance_io import (
-    DatasetPlace,
-    LanceDataset,
-    PinnedDataset,
-    VectorColumn,
-    has_foreign_client,
-    move_to_latest,
-    open_dataset,
-)
-from ..manifest import (
-    BuildPlan,
-    DatasetEntry,
-    Manifest,
-    RecallReport,
-    ShardRecord,
-    decode_plan,
-    decode_shard_record,
-    encode,
-)
-from ..plan import Estimate, RowCost, estimate, plan_tasks, resolve_spec, sample_rows, training_parts
-from ..pointers import FoundPointer, find_pointer, stored_pointers
+from ..lance_io import LanceDataset, PinnedDataset, move_to_latest, open_dataset
+from ..manifest import BuildPlan, Manifest, RecallReport, ShardRecord, encode
 from ..progress import PhaseMeter, Progress, SilentProgress
-from ..spec import BuildOptions, IndexSpec, ResolvedSpec
-from ..storage import MAX_DOCUMENT_BYTES, Store, StorePlace
+from ..spec import BuildOptions, IndexSpec
+from ..storage import Store
 from ..types import (
     AUTO_RECALL_TARGET,
     DEFAULT_SEED,
@@ -64,85 +36,27 @@ from ..types import (
 from .check import RecallMeter, ShardCheck
 from .commit import publish_manifest, write_manifest, write_records
 from .encode import EncodeJob
-from .executors import namespace_asked, open_runner, store_place, uses_ray, worker_budget_bytes, working_cores
-from .lease import Lease, is_leased
+from .executors import namespace_asked, open_runner
+from .lease import Lease
 from .parts import PartRecipe
+from .planned import PlannedBuild, plan_index
 from .ray_runner import RayRunner
 from .ray_training import train_on_ray
 from .report import ReportBook, TimedWork
 from .runner import LocalRunner
-from .standing import check_handle_is_new, removal_told, revived_in, stand
+from .standing import removal_told, revived_in, stand
 from .train import TrainedModel, find_trained, load_arrays, train
+from .unfinished import PLAN_FILE, find_unfinished, finished_records, remove_unfinished
 
-__all__ = ["PlannedBuild", "create_index", "plan_index", "plan_resolved", "remove_unfinished", "run_build"]
+__all__ = ["create_index", "run_build"]
 
 _log = logging.getLogger(__name__)
-
-_PLAN_FILE = "plan.json"
-
-# Rows that tell AUTO which share of a column can be indexed.
-_PROBE_ROWS = 4_096
 
 # After these nothing that was built can be of use to a second try.
 _HOPELESS = (InvalidVectors, InsufficientData, CommitConflict, DatasetChanged)
 
 # Nor after these, if there is no model yet.
 _HOPELESS_UNTRAINED = (BudgetExceeded, InvalidArgument)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedBuild:
-    """What a build is going to do, in numbers; nothing has been written.
-
-    Parameters
-    ----------
-    spec : IndexSpec
-        What was asked for.
-    options : BuildOptions
-        How.
-    pinned : PinnedDataset
-        The dataset version it is built over.
-    column : VectorColumn
-        The vector column.
-    place : DatasetPlace
-        The same version, for other processes.
-    store : Store
-        Where generations lie.
-    store_place : StorePlace
-        The same, for other processes.
-    previous : FoundPointer or None
-        Index of the same name that it will replace.
-    on_ray : bool
-        Whether Ray's workers build it.
-    plan : BuildPlan
-        Index, shards and fragments, with nothing left open.
-    cost : RowCost
-        Bytes of a row.
-    rows : int
-        Live rows.
-    sample_rows : int
-        Training rows.
-    budget_bytes : int
-        Memory per worker.
-    estimate : Estimate
-        What it will take.
-    """
-
-    spec: IndexSpec
-    options: BuildOptions
-    pinned: PinnedDataset
-    column: VectorColumn
-    place: DatasetPlace
-    store: Store
-    store_place: StorePlace
-    previous: FoundPointer | None
-    on_ray: bool
-    plan: BuildPlan
-    cost: RowCost
-    rows: int
-    sample_rows: int
-    budget_bytes: int
-    estimate: Estimate
 
 
 def create_index(
@@ -320,132 +234,6 @@ def create_index(
     return handle
 
 
-def plan_index(dataset: LanceDataset, spec: IndexSpec, options: BuildOptions) -> PlannedBuild:
-    """Decide everything about a build, and refuse what cannot work; writes nothing.
-
-    Parameters
-    ----------
-    dataset : lance.LanceDataset
-        Handle at the version to build over.
-    spec : IndexSpec
-        What to build.
-    options : BuildOptions
-        How.
-
-    Raises
-    ------
-    IndexExists, InvalidArgument, UnknownColumn, InsufficientData, BudgetExceeded, ReadOnlyStorage
-        With what was expected, found, and what to do.
-    """
-    pinned = PinnedDataset(dataset, options.storage_options)
-    column = pinned.vector_column(spec.column)
-    states = pinned.fragments(column)
-    rows = sum(state.live_rows for state in states)
-    resolved = resolve_spec(
-        spec,
-        dim=column.dim,
-        rows=_usable_rows(pinned, column, spec, rows),
-        largest_fragment_rows=max((state.physical_rows for state in states), default=0),
-        budget_bytes=worker_budget_bytes(options),
-        parts=None if spec.factory is None else engine.split_factory(spec.factory),
-    )
-    return plan_resolved(pinned, column, spec, resolved, options, _previous(pinned, spec, options))
-
-
-def plan_resolved(
-    pinned: PinnedDataset,
-    column: VectorColumn,
-    spec: IndexSpec,
-    resolved: ResolvedSpec,
-    options: BuildOptions,
-    previous: FoundPointer | None,
-) -> PlannedBuild:
-    """Decide about a build whose index is settled already; see `plan_index`.
-
-    Parameters
-    ----------
-    pinned : PinnedDataset
-        The version to build over.
-    column : VectorColumn
-        The vector column.
-    spec : IndexSpec
-        What was asked for.
-    resolved : ResolvedSpec
-        What that came to.
-    options : BuildOptions
-        How.
-    previous : FoundPointer or None
-        The index that it will replace.
-    """
-    states = pinned.fragments(column)
-    rows = sum(state.live_rows for state in states)
-    budget, on_ray = worker_budget_bytes(options), uses_ray(options)
-    engine.check_trainable(resolved, rows)
-    cost = engine.footprint(resolved.factory, column.dim, resolved.metric, resolved.refine)
-    tasks = plan_tasks(states, cost, num_shards=options.num_shards, budget_bytes=budget, split=True)
-    # On Ray the sample is spread over the workers.
-    holders = options.num_workers if on_ray else 1
-    sample = sample_rows(resolved, rows=rows, budget_bytes=budget * holders)
-    if on_ray:
-        holders = training_parts(
-            sample=sample,
-            dim=resolved.dim,
-            lists=resolved.num_partitions,
-            workers=options.num_workers,
-            threads=working_cores(options) // options.num_workers,
-            budget_bytes=budget,
-        )
-    plan = BuildPlan(
-        generation=str(uuid.uuid4()),
-        name=spec.name,
-        request=_request_digest(spec, options),
-        spec=resolved,
-        dataset=DatasetEntry(
-            uri=pinned.root,
-            version=pinned.version,
-            column=column.name,
-            field_id=column.field_id,
-            value_type=column.type.value_type,
-        ),
-        previous=None if previous is None else previous.pointer.generation,
-        tasks=tasks,
-    )
-    check_handle_is_new(plan, pinned.latest(), column)
-    place_of_store = store_place(pinned, options.index_uri)
-    place = DatasetPlace.of(pinned, namespace_asked(options))
-    if on_ray and place.namespace is None and has_foreign_client(pinned.lance):
-        _log.warning(
-            "the handle of %s was opened with a namespace client, which cannot be sent to workers: they get the"
-            " credentials of now, and fail when these expire; pass namespace_impl, namespace_properties and table_id",
-            pinned.uri,
-        )
-    return PlannedBuild(
-        spec=spec,
-        options=options,
-        pinned=pinned,
-        column=column,
-        place=place,
-        store=_writable_store(pinned, place_of_store),
-        store_place=place_of_store,
-        previous=previous,
-        on_ray=on_ray,
-        plan=plan,
-        cost=cost,
-        rows=rows,
-        sample_rows=sample,
-        budget_bytes=budget,
-        estimate=estimate(resolved, cost, tasks, sample=sample, cores=working_cores(options), holders=holders),
-    )
-
-
-def _usable_rows(pinned: PinnedDataset, column: VectorColumn, spec: IndexSpec, rows: int) -> int:
-    """Return the rows that AUTO should reckon with: a column that is half filled has half as many."""
-    if spec.index_type != "AUTO" or rows < 1:
-        return rows
-    probe = pinned.sample(column, _PROBE_ROWS, spec.metric, spec.seed)
-    return max(rows * len(probe.vectors) // max(probe.drawn_rows, 1), 1)
-
-
 def run_build(planned: PlannedBuild, *, parent: str | None = None) -> Manifest:
     """Carry out a planned build, or go on with an interrupted one like it.
 
@@ -463,7 +251,7 @@ def run_build(planned: PlannedBuild, *, parent: str | None = None) -> Manifest:
     """
     plan, pinned = planned.plan, planned.pinned
     if planned.options.resume:
-        found = _find_unfinished(planned)
+        found = find_unfinished(planned.store, plan)
         if found is None:
             _log.info("index %r: nothing to resume, no unfinished build of the same thing over these rows", plan.name)
         else:
@@ -498,8 +286,8 @@ def _phases(
     book = ReportBook(executor="ray" if planned.on_ray else "local", workers=planned.options.num_workers)
     meter = PhaseMeter(progress, "train", planned.sample_rows)
     # Before the model: whoever goes on finds an unfinished build, and so its model, by the plan.
-    if not store.exists(f"{plan.generation}/{_PLAN_FILE}"):
-        store.write(f"{plan.generation}/{_PLAN_FILE}", encode(plan))
+    if not store.exists(f"{plan.generation}/{PLAN_FILE}"):
+        store.write(f"{plan.generation}/{PLAN_FILE}", encode(plan))
     with removal_told(plan, pinned, planned.column):
         trained = _train(planned, plan, pinned, runner, meter)
     lease.check()
@@ -591,7 +379,7 @@ def _encode(
     meter: PhaseMeter,
     book: ReportBook,
 ) -> list[ShardRecord]:
-    finished = _finished_records(plan, trained, planned.store) if planned.options.resume else {}
+    finished = finished_records(plan, trained, planned.store) if planned.options.resume else {}
     states = pinned.fragments(planned.column)
     finished = {i: record for i, record in finished.items() if not revived_in(pinned, [record.cover], states)}
     meter.add(sum(record.cover.physical_rows for record in finished.values()))
@@ -653,123 +441,6 @@ def _check(
             required=required,
         )
     return report
-
-
-def _find_unfinished(planned: PlannedBuild) -> BuildPlan | None:
-    """Return the plan of an interrupted build of the same thing over the same rows, the one that got furthest."""
-    store, wanted = planned.store, planned.plan
-    files = store.list("")
-    finished = Counter(
-        generation
-        for generation, _, name in (file.name.partition("/") for file in files)
-        if name.startswith(("model-", "shard-")) and name.endswith(".json")
-    )
-    candidates = []
-    for file in files:
-        if file.name.partition("/")[2] != _PLAN_FILE:
-            continue
-        found = decode_plan(store.read(file.name, max_bytes=MAX_DOCUMENT_BYTES), location=file.name)
-        same = (found.name, found.request, found.spec, found.previous) == (
-            wanted.name,
-            wanted.request,
-            wanted.spec,
-            wanted.previous,
-        )
-        if same and _signatures(found) == _signatures(wanted) and found.dataset.field_id == wanted.dataset.field_id:
-            candidates.append(found)
-    return max(candidates, key=lambda plan: finished[plan.generation], default=None)
-
-
-def _finished_records(plan: BuildPlan, trained: TrainedModel, store: Store) -> dict[int, ShardRecord]:
-    """Return the shards of a plan that are complete, one attempt of each."""
-    files = {file.name: file.length_bytes for file in store.list(plan.generation)}
-    finished: dict[int, ShardRecord] = {}
-    for name in files:
-        if not name.startswith(f"{plan.generation}/shard-") or not name.endswith(".json"):
-            continue
-        record = decode_shard_record(store.read(name, max_bytes=MAX_DOCUMENT_BYTES), location=name)
-        complete = all(files.get(entry.name, -1) in (entry.length_bytes, None) for entry in record.files)
-        if complete and record.fingerprint == trained.model.fingerprint.digest:
-            finished.setdefault(record.ordinal, record)
-    return finished
-
-
-def _signatures(plan: BuildPlan) -> dict[int, object]:
-    return {
-        cover.fragment_id: (cover.physical_rows, cover.signature) for task in plan.tasks for cover in task.fragments
-    }
-
-
-def _previous(pinned: PinnedDataset, spec: IndexSpec, options: BuildOptions) -> FoundPointer | None:
-    newest = pinned.latest()
-    if spec.name not in stored_pointers(newest, options.index_uri):
-        return None
-    if not options.replace:
-        raise IndexExists(
-            f"an index named {spec.name!r} exists on {pinned.uri}",
-            remedy="Pass replace=True, or another name",
-            name=spec.name,
-        )
-    return find_pointer(newest, spec.name, options.index_uri)
-
-
-def _writable_store(pinned: PinnedDataset, place: StorePlace) -> Store:
-    pinned.check_commits()  # the commit asks too, but that is an hour later
-    store = place.open(pinned.session_store)
-    if place.url is not None:
-        store.check_writable()
-        return store
-    try:
-        pinned.check_writable()
-        store.check_writable()
-    except ReadOnlyStorage as exc:
-        raise ReadOnlyStorage(
-            f"the dataset at {pinned.uri} cannot be written",
-            remedy="Pass index_uri=... naming a place for the index that can be written",
-            location=pinned.uri,
-        ) from exc
-    return store
-
-
-def _request_digest(spec: IndexSpec, options: BuildOptions) -> str:
-    """Digest what the caller asked for, so that only the same build is resumed."""
-    asked = {
-        name: getattr(spec, name)
-        for name in (
-            "column", "index_type", "metric", "factory", "num_partitions", "num_sub_vectors", "num_bits",
-            "coarse", "refine", "sample_rate", "seed",
-        )
-    }  # fmt: skip
-    for name in ("ivf_centroids", "pq_codebook"):
-        array = getattr(spec, name)
-        asked[name] = None if array is None else hashlib.sha256(array.tobytes()).hexdigest()
-    asked["num_shards"] = options.num_shards
-    asked["on_invalid"] = options.on_invalid
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-
-
-def remove_unfinished(store: Store, generation: str, *, unless_trained: bool = False) -> None:
-    """Delete what a build has written, unless it may be current, or somebody still works on it.
-
-    It may be current as soon as there is a manifest: ours, if the answer to its commit was lost, or that of a twin
-    that resumed the same build. What stays is for gc. With ``unless_trained``, neither is a generation deleted that has
-    a model. Raises nothing of the store's: called after an error that matters more.
-    """
-    try:
-        # The lease first: a twin gives it back after it has written its manifest.
-        if is_leased(store, generation):
-            _log.warning("generation %s is still held: its files are left to gc", generation)
-            return
-        files = store.list(generation)
-        if unless_trained and any(file.name.startswith(f"{generation}/model-") for file in files):
-            return
-        if any(file.name.startswith(f"{generation}/manifest") for file in files):
-            _log.warning("generation %s has a manifest, so it may be current: its files are left to gc", generation)
-            return
-        for file in files:
-            store.delete(file.name)
-    except (StorageError, CorruptIndex) as failure:
-        _log.warning("what is left of generation %s is left to gc: %s", generation, failure)
 
 
 def _one_of(num_shards: int | None, num_segments: int | None) -> int | None:

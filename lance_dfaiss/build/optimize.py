@@ -24,12 +24,14 @@ from ..search.load import load_model_of
 from ..search.places import Places, split_addresses
 from ..spec import BuildOptions, IndexSpec
 from ..types import Executor, Int64Array
-from .create import plan_resolved, remove_unfinished, run_build
+from .create import run_build
 from .current import CurrentIndex, open_current
 from .executors import namespace_asked, uses_ray, worker_budget_bytes
 from .move import MoveJob, Source, places_within
+from .planned import plan_resolved
 from .regroup import Regrouping, ShardState, regroup
 from .runner import LocalRunner
+from .unfinished import remove_unfinished
 from .update import encode_fragments, new_generation
 
 __all__ = ["OptimizeReport", "optimize_index"]

@@ -23,12 +23,12 @@ from ..search.load import load_model_of
 from ..spec import BuildOptions
 from ..storage import read_document
 from ..types import Executor, OnInvalid
-from .create import remove_unfinished
 from .current import CurrentIndex, open_current
 from .encode import EncodeJob
 from .executors import namespace_asked, open_runner, store_place, worker_budget_bytes
 from .lease import Lease
 from .train import HeldOut, TrainedModel
+from .unfinished import remove_unfinished
 
 __all__ = ["SyncReport", "UpdateReport", "encode_fragments", "new_generation", "sync_index", "update_index"]
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lance_dfaiss.build.create import PlannedBuild, plan_index
 from lance_dfaiss.build.distributed import train_distributed, train_lists
 from lance_dfaiss.build.parts import LocalParts, Part, PartRecipe, Parts
+from lance_dfaiss.build.planned import PlannedBuild, plan_index
 from lance_dfaiss.build.train import TrainedModel, find_trained, train
 from lance_dfaiss.engine import lists_plan
 from lance_dfaiss.errors import InsufficientData, InvalidArgument, InvalidVectors

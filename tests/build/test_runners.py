@@ -11,8 +11,8 @@ import lance
 import numpy as np
 import pytest
 
-from lance_dfaiss.build.create import plan_index
 from lance_dfaiss.build.encode import EncodeJob
+from lance_dfaiss.build.planned import plan_index
 from lance_dfaiss.build.runner import LocalRunner, Runner
 from lance_dfaiss.build.train import load_arrays, train
 from lance_dfaiss.errors import DfaissError, InvalidVectors, TaskFailed
