@@ -85,6 +85,20 @@ class CurrentIndex:
         resolution = resolve_generation(self.pinned, generation, before=self.resolution)
         return replace(self, generation=generation, resolution=resolution)
 
+    def at_newest(self) -> CurrentIndex:
+        """Return this very generation as it stands at the newest version.
+
+        Raises
+        ------
+        DatasetChanged
+            If that version has no such column.
+        """
+        newest = self.pinned.latest()
+        if newest.version == self.pinned.version:
+            return self
+        resolution = resolve_generation(newest, self.generation, before=self.resolution)
+        return replace(self, pinned=newest, resolution=resolution)
+
     def reopened(self) -> CurrentIndex:
         """Return the index as it stands now.
 

@@ -197,14 +197,14 @@ def update_index(
         tasks = _tasks(current, options) if resolution.snapshot.tail else ()
         added = encode_fragments(current, generation, tasks, options, offsets)
         lease.check()
-        _commit_on_top(current, added, generation, lease, started)
+        mapped = _commit_on_top(current, added, generation, lease, started)
     move_to_latest(current.handle)
     report = UpdateReport(
         changed=True,
         generation=generation,
         added_rows=sum(record.indexed_rows for record in added),
         added_shards=len(added),
-        mapped_rows=resolution.unsaved_rows,
+        mapped_rows=mapped,
         drift=_drift(resolution.records, added),
         seconds=time.perf_counter() - started,
     )
@@ -336,16 +336,23 @@ def encode_fragments(
 
 def _commit_on_top(
     current: CurrentIndex, added: Sequence[ShardRecord], generation: str, lease: Lease, started: float
-) -> None:
+) -> int:
     """Commit new shards beside those there are; also on top of what others did to the index meanwhile.
 
     What a shard covers does not change by what happens to its neighbours. So a sync, an optimisation or another
     update in between is no reason to encode again, as long as the model is the same and no row is in two shards.
+
+    Returns
+    -------
+    int
+        Rows whose way through compactions was written down; that of those which ran meanwhile too.
     """
-    base, encoded_over = current, current.pinned.version
+    base, encoded_over = current.at_newest(), current.pinned.version
     for attempt in range(_COMMIT_ATTEMPTS):
         with_added = base if not added else base.with_shards(added, encoded_over)
-        records = with_added.placed_records(generation) if added else base.mapped_records(generation)
+        # Shards without a row are left out; but an overwrite that came between leaves none with one.
+        records = with_added.placed_records(generation) if added else []
+        records = records or with_added.mapped_records(generation)
         manifest = base.derive(generation, records, time.perf_counter() - started)
         try:
             base.commit(manifest, records, lease, again=attempt > 0)
@@ -355,7 +362,8 @@ def _commit_on_top(
             base = _after(conflict, base, added)
             _log.info("index %r: another writer was faster, committing on top", manifest.name)
         else:
-            return
+            return with_added.resolution.unsaved_rows
+    raise AssertionError("the last attempt ends it")
 
 
 def _after(conflict: CommitConflict, lost: CurrentIndex, added: Sequence[ShardRecord]) -> CurrentIndex:

@@ -330,10 +330,33 @@ def test_an_update_follows_as_well(dataset: lance.LanceDataset) -> None:
     create_index(dataset, "vec", **BUILD)
     dataset.insert(rows(400, clustered(40, DIM, 2)), mode="append")
     meanwhile = Meanwhile(lambda: compact(dataset), "encode")
-    assert lance_dfaiss.update_index(dataset, progress=meanwhile).added_rows == 40
-    assert meanwhile.done
-    assert standing(dataset) == (400, 0, 400, 400, 0)
+    report = lance_dfaiss.update_index(dataset, progress=meanwhile)
+    assert (meanwhile.done, report.added_rows, report.mapped_rows) == (True, 40, 400)
+    assert standing(dataset) == (400, 0, 400, 0, 0)
+    dataset.cleanup_old_versions(timedelta(0))
+    assert standing(dataset) == (400, 0, 400, 0, 0)
     assert_true(dataset)
+
+
+def test_an_update_under_which_everything_goes_away(dataset: lance.LanceDataset) -> None:
+    create_index(dataset, "vec", **BUILD)
+    dataset.insert(rows(400, clustered(40, DIM, 2)), mode="append")
+    lance_dfaiss.update_index(dataset, progress=Meanwhile(lambda: overwrite(dataset), "encode"))
+    assert standing(dataset) == (400, 400, 0, 0, 400)
+    assert_true(dataset)
+    assert lance_dfaiss.update_index(dataset).added_rows == 400
+    assert standing(dataset) == (400, 0, 0, 0, 0)
+    assert_true(dataset)
+
+
+def test_an_update_of_a_column_that_goes_away(dataset: lance.LanceDataset) -> None:
+    create_index(dataset, "vec", **BUILD)
+    generations = set(Path(dataset.uri, "_dfaiss").iterdir())
+    dataset.insert(rows(400, clustered(40, DIM, 2)), mode="append")
+    meanwhile = Meanwhile(lambda: latest(dataset).drop_columns(["vec"]), "encode")
+    with pytest.raises(DatasetChanged, match="no vector column 'vec'"):
+        lance_dfaiss.update_index(dataset, progress=meanwhile)
+    assert set(Path(dataset.uri, "_dfaiss").iterdir()) == generations
 
 
 @pytest.mark.parametrize("stable", [False, True], ids=["addresses", "stable"])
