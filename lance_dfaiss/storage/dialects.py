@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
+from .retries import MAX_IN_FLIGHT
+
 __all__ = ["FAMILIES", "Family", "for_fsspec", "for_object_store", "known_settings"]
 
 Family = Literal["s3", "azure", "gcs"]
@@ -163,9 +165,11 @@ def _s3fs(known: Mapping[str, str]) -> dict[str, Any]:
         found["anon"] = True
     if _is_true(known.get("request_payer", "false")):
         found["requester_pays"] = True
+    # botocore keeps ten connections by default: of more calls at a time, the others would wait for these.
+    found["config_kwargs"] = {"max_pool_connections": MAX_IN_FLIGHT}
     if "virtual_hosted_style_request" in known:
         style = "virtual" if _is_true(known["virtual_hosted_style_request"]) else "path"
-        found["config_kwargs"] = {"s3": {"addressing_style": style}}
+        found["config_kwargs"]["s3"] = {"addressing_style": style}
     return found
 
 

@@ -258,8 +258,9 @@ def test_pointers_of_a_dataset_that_cannot_be_written(s3: S3Rig, bucket: str) ->
         lance_dfaiss.open_index(uri, index_uri=place, storage_options=s3.options)
 
 
-def test_requests_in_flight_are_bounded(s3: S3Rig, bucket: str) -> None:
-    store = store_at("session", bucket, s3.options)
+@pytest.mark.parametrize("kind", KINDS)
+def test_requests_in_flight_are_many_and_bounded(s3: S3Rig, bucket: str, kind: str) -> None:
+    store = store_at(kind, bucket, s3.options)
     store.write("g/a", bytes(100))
     s3.proxy.slow = threading.Event()
     with ThreadPoolExecutor(80) as pool:

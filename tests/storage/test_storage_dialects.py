@@ -21,6 +21,9 @@ S3 = {
 }
 
 
+POOL = {"max_pool_connections": 64}
+
+
 def test_s3() -> None:
     assert for_fsspec("s3", S3) == {
         "key": "id",
@@ -28,7 +31,7 @@ def test_s3() -> None:
         "token": "token",
         "endpoint_url": "http://h:1",
         "client_kwargs": {"region_name": "eu-west-1"},
-        "config_kwargs": {"s3": {"addressing_style": "path"}},
+        "config_kwargs": {**POOL, "s3": {"addressing_style": "path"}},
     }
     config, client = for_object_store("s3", S3)
     assert config["access_key_id"] == "id"
@@ -38,7 +41,8 @@ def test_s3() -> None:
 
 def test_what_the_backend_understands_stays() -> None:
     own = {"key": "id", "secret": "secret", "endpoint_url": "http://h:1", "profile": "p", "client_kwargs": "x"}
-    assert for_fsspec("s3", own) == own
+    assert for_fsspec("s3", own) == {**own, "config_kwargs": POOL}
+    assert for_fsspec("s3", {**own, "config_kwargs": "mine"})["config_kwargs"] == "mine"
     assert for_fsspec("s3", {**own, "aws_access_key_id": "other"})["key"] == "id"
     assert for_fsspec("memory", {"aws_region": "x"}) == {"aws_region": "x"}
 
@@ -75,7 +79,7 @@ def test_google() -> None:
 @pytest.mark.parametrize(("text", "style"), [("true", "virtual"), ("1", "virtual"), ("False", "path")])
 def test_truth_values(text: str, style: str) -> None:
     found = for_fsspec("s3", {"aws_virtual_hosted_style_request": text})
-    assert found == {"config_kwargs": {"s3": {"addressing_style": style}}}
+    assert found == {"config_kwargs": {**POOL, "s3": {"addressing_style": style}}}
 
 
 def test_obstore_takes_every_setting() -> None:
