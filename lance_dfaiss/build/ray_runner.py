@@ -69,7 +69,7 @@ class AttemptReport:
     rows, num_bytes : int
         What it had finished.
     peak_bytes : int
-        Most memory that its process has held; 0 if unknown.
+        Most memory that its process held during the task; 0 if unknown.
     """
 
     ordinal: int

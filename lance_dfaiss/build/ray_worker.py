@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import resource
 import socket
 import threading
 import time
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from ..engine import limit_threads
 from ..errors import DfaissError
+from ..machine import forget_peak, give_back_freed, peak_bytes
 from .runner import Recipe, TaskStopped
 
 __all__ = ["LOAD", "Answer", "Beat", "Board", "Kept", "PackedCall", "PartHost", "carry_out"]
@@ -32,8 +32,6 @@ _BEAT_SECONDS = 0.5
 
 # Longest wait for the board's answer to a report; the next report goes out all the same.
 _ANSWER_SECONDS = 5.0
-
-_KIB = 1024
 
 LOAD = "<load>"
 """Method of a `PartHost` that makes its part."""
@@ -101,7 +99,7 @@ class Answer:
     seconds : float
         From the task's arrival.
     peak_bytes : int
-        Most memory that the process has held since it began; earlier tasks count too.
+        Most memory that the process has held since the task arrived.
     """
 
     kind: Literal["done", "refused", "failed", "stopped"]
@@ -205,6 +203,9 @@ def carry_out(
         Stop when the board has not answered for so long.
     """
     started = time.perf_counter()
+    # Ray gives the process of one task to another: what an earlier one held is not this one's.
+    give_back_freed()
+    forget_peak()
     limit_threads(threads)
     kind: Literal["done", "refused", "failed", "stopped"] = "done"
     payload, cause, trace = b"", "", ""
@@ -227,7 +228,7 @@ def carry_out(
             trace=trace,
             beat=reporter.beat(),
             seconds=time.perf_counter() - started,
-            peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB,
+            peak_bytes=peak_bytes(),
         )
 
 
@@ -333,6 +334,7 @@ class PartHost:
     def __init__(self, board: Any, name: str, threads: int, orphan_seconds: float) -> None:
         # An actor without concurrency makes all calls in the thread that made it.
         limit_threads(threads)
+        give_back_freed()
         self._reporter = _Reporter(board, name, "", orphan_seconds)
         self._reporter.attach(_Exit())
         self._reporter.__enter__()

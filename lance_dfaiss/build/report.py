@@ -54,7 +54,7 @@ class AttemptTime(Protocol):
 
     @property
     def peak_bytes(self) -> int:
-        """Most memory that its process had held; 0 if unknown."""
+        """Most memory that its process held during it; 0 if unknown."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,16 @@ import numpy as np
 
 from ..types import Float32Array, Int64Array
 from .factory import inner_index, ivf_of, owned
-from .model import Model
+from .model import Model, limit_tables
 
 __all__ = ["ShardEncoder", "code_rows", "code_table", "copy_index"]
 
 # Of every 16th block so many rows go into the shard's training error: about 1 % of all.
 _ERROR_BLOCKS = 16
 _ERROR_ROWS = 1024
+
+# Rows whose codes are made before they go to their places; those of a whole block would be as large as the block.
+_CODED_ROWS = 4_096
 
 # Rows that fillers of a graph are copied from, in turn.
 _FILLER_ROWS = 1024
@@ -37,6 +40,7 @@ class ShardEncoder:
     """
 
     def __init__(self, model: Model, physical_rows: int) -> None:
+        limit_tables()
         self.model = model
         self.physical_rows = physical_rows
         self.base = copy_index(model.base)
@@ -130,7 +134,9 @@ def copy_index(index: Any) -> Any:
 
 def code_rows(store: Any, codes: Any, positions: Int64Array, vectors: Float32Array) -> None:
     """Encode vectors straight into a store's preallocated code table."""
-    codes[positions] = store.sa_encode(np.ascontiguousarray(vectors))
+    for start in range(0, len(positions), _CODED_ROWS):
+        part = slice(start, start + _CODED_ROWS)
+        codes[positions[part]] = store.sa_encode(np.ascontiguousarray(vectors[part]))
 
 
 def list_sizes(index: Any) -> Int64Array | None:

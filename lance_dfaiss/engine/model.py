@@ -33,6 +33,7 @@ __all__ = [
     "codes_plan",
     "given_centroids",
     "has_transforms",
+    "limit_tables",
     "limit_threads",
     "lists_plan",
     "prepare",
@@ -67,6 +68,10 @@ TRANSFORM_ROWS = 65_536
 
 # Seed of the rows that FAISS draws for product codes when it has more than they need (fvecs_maybe_subsample).
 _CODE_ROWS_SEED = 1_234
+
+# FAISS encodes product codes of 16 and more dimensions through a table of all distances: a kilobyte for each row and
+# sub-vector of 8 bits, which in its own blocks of 262,144 rows is more than most budgets.
+_TABLE_ROWS = 1_024
 
 _QUANTIZER_TYPES: dict[Refine, int] = {
     "sq8": faiss.ScalarQuantizer.QT_8bit,
@@ -523,6 +528,7 @@ def _set_seeds(base: Any, spec: ResolvedSpec) -> None:
 
 
 def _train_transforms(base: Any, sample: Float32Array) -> None:
+    limit_tables()  # OPQ encodes all that it is trained on
     seen = sample
     for transform in _transforms(base):
         if not transform.is_trained:
@@ -704,3 +710,11 @@ def limit_threads(count: int) -> None:
         At least 1.
     """
     faiss.omp_set_num_threads(count)
+
+
+def limit_tables() -> None:
+    """Have FAISS encode product codes in blocks of few rows; that changes its memory, not its results.
+
+    It is a setting of the process, there is none for a quantizer.
+    """
+    faiss.cvar.product_quantizer_compute_codes_bs = _TABLE_ROWS

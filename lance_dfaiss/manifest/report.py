@@ -120,7 +120,7 @@ class TaskReport:
     worker : str or None
         Who did it; None if an earlier run did.
     peak_bytes : int or None
-        Most memory that the process of the worker had held by then; None if it was not looked at.
+        Most memory that the process of the worker held during the task; None if it was not looked at.
     losses : tuple of str
         Who else tried, and how that ended.
     """

@@ -100,6 +100,12 @@ def process(_: Scripted, task: ShardTask) -> tuple[int, int]:
     return task.ordinal, os.getpid()
 
 
+def holds(_: Scripted, task: ShardTask, num_bytes: dict[int, int]) -> tuple[int, int]:
+    """Hold so much memory for a moment."""
+    assert np.ones(num_bytes.get(task.ordinal, 1), dtype=np.uint8).all()
+    return task.ordinal, os.getpid()
+
+
 def divides(_: Scripted, task: ShardTask, bad: int) -> int:
     return task.ordinal if task.ordinal != bad else _fails_here()
 
