@@ -124,6 +124,7 @@ class RayCluster:
         self.board: Any = None
         self._address = address
         self._task: Any = None
+        self._part: Any = None
         self._ours = False
         self._idents = 0
 
@@ -158,6 +159,7 @@ class RayCluster:
             self._look_at_nodes()
             self._await_board()
             self._task = self.ray.remote(_mobile_task(_COMPARED, self.versions))
+            self._part = self.ray.remote(_mobile_part(_COMPARED, self.versions))
         except BaseException:
             self.close()
             raise
@@ -167,7 +169,7 @@ class RayCluster:
         if self.board is not None and self.ray.is_initialized():
             with suppress(self.ray.exceptions.RayError):
                 self.ray.kill(self.board)
-        self.board = self._task = None
+        self.board = self._task = self._part = None
         if self._ours:
             self._ours = False
             self.ray.shutdown()
@@ -189,6 +191,30 @@ class RayCluster:
         return self._task.options(**self.options, **self.placement(avoid, busy)).remote(
             recipe, task, self.board, name, self.threads, self.rules.silence_seconds
         )
+
+    def start_part(self, name: str, avoid: frozenset[str], busy: Mapping[str, int], *, shared: bool) -> tuple[Any, Any]:
+        """Have Ray start a process for a part of the sample; return its actor, and the reference of its first answer.
+
+        Parameters
+        ----------
+        name : str
+            On the board.
+        avoid, busy
+            As for `submit`.
+        shared : bool
+            Whether it may share a core with another worker.
+
+        Returns
+        -------
+        tuple of (actor handle, object reference)
+            The answer is the id of its node, host and process, and the versions found there; where those are not
+            `versions`, nothing can be called.
+        """
+        options = {name: value for name, value in self.options.items() if name != "max_retries"}
+        if shared:
+            options["num_cpus"] = 0
+        actor = self._part.options(**options, **self.placement(avoid, busy)).remote()
+        return actor, actor.hello.remote(self.board, name, self.threads, self.rules.silence_seconds)
 
     def next_ident(self) -> int:
         """Return a number for a part's process."""
@@ -390,6 +416,36 @@ def _mobile_task(names: Sequence[str], expected: Mapping[str, str]) -> Callable[
         )
 
     return dfaiss_task
+
+
+def _mobile_part(names: Sequence[str], expected: Mapping[str, str]) -> type:
+    """Return the class of the actors that hold parts of the sample: a `PartHost`, where the versions are those expected.
+
+    Nodes that join later were not looked at before, so each actor looks, like each task.
+    """
+    versions = _mobile_versions()
+
+    class DfaissPart:
+        _host: Any
+
+        def hello(self, board: Any, name: str, threads: int, orphan_seconds: float) -> tuple[str, str, dict[str, str]]:
+            """Begin, if the versions are right; return the node's id, the worker (else its host) and the versions."""
+            import importlib
+            import socket
+
+            node = importlib.import_module("ray").get_runtime_context().get_node_id()
+            found = versions(names)
+            if found != expected:
+                return node, socket.gethostname(), found
+            worker = importlib.import_module("lance_dfaiss.build.ray_worker")
+            self._host = worker.PartHost(board, name, threads, orphan_seconds)
+            return node, self._host.worker, found
+
+        def call(self, *given: Any) -> Any:
+            """See `PartHost.call`."""
+            return self._host.call(*given)
+
+    return DfaissPart
 
 
 def import_ray() -> Any:

@@ -21,10 +21,10 @@ from .ray_cluster import (
     RayCluster,
     bad_environment,
     first_line,
-    import_ray,
+    mismatch,
     trace_of,
 )
-from .ray_worker import LOAD, Kept, PackedCall, PartHost
+from .ray_worker import LOAD, Kept, PackedCall
 
 __all__ = ["RayParts"]
 
@@ -145,7 +145,7 @@ class RayParts:
 
     def _begin(self, count: int) -> None:
         """Start processes, as many as find room: what is computed does not depend on their number."""
-        hosts = {(host := self._new_host(frozenset())).actor.hello.remote(): host for _ in range(count)}
+        hosts = dict(self._new_host(frozenset()) for _ in range(count))
         waiting, since, last = list(hosts), time.monotonic(), float("inf")
         while waiting:
             ready, waiting = self._ray.wait(waiting, timeout=LOOK_SECONDS)
@@ -165,31 +165,25 @@ class RayParts:
         if len(self._hosts) < count:
             _log.warning("the cluster has room for %d of %d workers that hold the sample", len(self._hosts), count)
 
-    def _new_host(self, avoid: frozenset[str], *, shared: bool = False) -> _Host:
+    def _new_host(self, avoid: frozenset[str], *, shared: bool = False) -> tuple[Any, _Host]:
+        """Start a process; return the reference of its greeting, and the process."""
         ident = self._cluster.next_ident()
-        options = {name: value for name, value in self._cluster.options.items() if name != "max_retries"}
-        if shared:
-            options["num_cpus"] = 0
         busy: dict[str, int] = {}
         for host in self._hosts:
             busy[host.node] = busy.get(host.node, 0) + 1
-        actor = (
-            self._ray.remote(_RayPartHost)
-            .options(**options, **self._cluster.placement(avoid, busy))
-            .remote(
-                self._cluster.board, f"{_PARTS}.{ident}", self._cluster.threads, self._cluster.rules.silence_seconds
-            )
-        )
-        return _Host(actor, ident)
+        actor, hello = self._cluster.start_part(f"{_PARTS}.{ident}", avoid, busy, shared=shared)
+        return hello, _Host(actor, ident)
 
     def _greeted(self, host: _Host, ref: Any) -> bool:
         try:
-            host.node, host.worker = self._ray.get(ref, timeout=FETCH_SECONDS)
+            host.node, host.worker, found = self._ray.get(ref, timeout=FETCH_SECONDS)
         except self._ray.exceptions.RuntimeEnvSetupError as exc:
             raise bad_environment(exc) from exc
         except self._ray.exceptions.RayError as exc:
             _log.warning("a worker could not begin: %s", first_line(exc))
             return False
+        if found != self._cluster.versions:
+            raise mismatch(self._cluster.versions, {host.worker: found})
         self._pulse.heard(host.ident)
         return True
 
@@ -273,8 +267,7 @@ class RayParts:
         self._kill(old)
         for attempt in range(self._cluster.rules.max_retries + 1):
             # Where a node has gone, there may be no core left: the part then shares one, slower but at all.
-            host = self._new_host(frozenset(self._cut_off | {old.node}), shared=attempt > 0)
-            hello = host.actor.hello.remote()
+            hello, host = self._new_host(frozenset(self._cut_off | {old.node}), shared=attempt > 0)
             patience = self._cluster.rules.start_seconds if attempt else _ROOM_SECONDS
             ready, _pending = self._ray.wait([hello], timeout=patience)
             if ready and self._greeted(host, hello):
@@ -344,11 +337,3 @@ class RayParts:
             worker=worker,
             worker_traceback=trace,
         )
-
-
-class _RayPartHost(PartHost):
-    """A `PartHost` that knows its node."""
-
-    def hello(self) -> tuple[str, str]:
-        """Return the node's id, and host and process."""
-        return import_ray().get_runtime_context().get_node_id(), self.worker

@@ -187,13 +187,21 @@ def test_a_node_that_joins_later_takes_tasks(rig: RayRig) -> None:
             rig.remove(node)
 
 
-@pytest.mark.nightly
+def run_a_task(runner: RayRunner) -> None:
+    list(runner.run(scripted.work(scripted.ordinal), TASKS[:1]))
+
+
+def hold_a_part(runner: RayRunner) -> None:
+    RayParts(runner.cluster, Numbers, 100, 1).close()
+
+
+@pytest.mark.parametrize("work", [hold_a_part, pytest.param(run_a_task, marks=pytest.mark.nightly)])
 def test_a_node_that_joins_later_with_other_packages_is_refused(
-    rig: RayRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rig: RayRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[[RayRunner], None]
 ) -> None:
     (tmp_path / "faiss.py").write_text("__version__ = '0.1'")
     with RayRunner(2, remote_args={"resources": {"late": 1}}) as runner, ThreadPoolExecutor(1) as pool:
-        running = pool.submit(lambda: list(runner.run(scripted.work(scripted.ordinal), TASKS[:1])))
+        running = pool.submit(work, runner)
         with monkeypatch.context() as patch:
             patch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
             node = rig.add_node(THIRD, late=1)
