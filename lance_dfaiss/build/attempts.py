@@ -8,7 +8,7 @@ nothing here depends on a clock.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -148,9 +148,11 @@ class Attempts:
         Attempts at the same time.
     rules : AttemptRules
         When one is given up.
+    gone : set of str, optional
+        Nodes that had gone before.
     """
 
-    def __init__(self, rows: Sequence[int], slots: int, rules: AttemptRules) -> None:
+    def __init__(self, rows: Sequence[int], slots: int, rules: AttemptRules, *, gone: Set[str] = frozenset()) -> None:
         self._tasks = [_Task(count) for count in rows]
         self._waiting = deque(range(len(rows)))
         self._slots = slots
@@ -160,6 +162,7 @@ class Attempts:
         self._heard = Pulse(rules.silence_seconds)
         self._moved = Pulse(rules.stall_seconds)
         self._cut_off: set[str] = set()
+        self._gone = set(gone)
         self._pace: list[float] = []
 
     @property
@@ -324,6 +327,29 @@ class Attempts:
             if attempt.begun is None and now - attempt.submitted > self._rules.start_seconds
         }
         return self._named(silent), self._named(stalled), self._named(late)
+
+    def left_behind(self, gone: Set[str]) -> tuple[tuple[Attempt, ...], tuple[Attempt, ...]]:
+        """Return the attempts that nodes which have gone since the last call leave behind.
+
+        Parameters
+        ----------
+        gone : set of str
+            All nodes that have gone so far.
+
+        Returns
+        -------
+        begun, not_begun : tuple of Attempt
+            Those that ran there; and those not heard of yet, which may have been on their way there. The caller ends
+            them, and says `lost` or `put_back`.
+        """
+        news = gone - self._gone
+        self._gone |= news
+        # Nothing more is sent there anyway; but sent as before, a task would wait with those that hang on their way.
+        self._cut_off |= news
+        if not news:
+            return (), ()
+        begun = tuple(attempt for attempt in self.running if attempt.node in news)
+        return begun, tuple(attempt for attempt in self.running if attempt.begun is None)
 
     def _named(self, idents: set[int]) -> tuple[Attempt, ...]:
         return tuple(self._running[ident] for ident in sorted(idents))

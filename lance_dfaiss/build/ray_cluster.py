@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib
 import ipaddress
+import json
 import logging
 import os
 import re
 import socket
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -33,6 +34,8 @@ __all__ = [
     "first_line",
     "import_ray",
     "mismatch",
+    "only_cores_lack",
+    "tells_of_growth",
     "trace_of",
 ]
 
@@ -64,6 +67,9 @@ _KEEPALIVE = {
 _LOOPBACK = "127.0.0.2"
 
 _CONNECT_SECONDS = 5.0
+
+# Where Ray's first autoscaler tells `ray status` what it does.
+_AUTOSCALING_STATUS = b"__autoscaling_status"
 
 LOOK_SECONDS = 0.5
 """Between two readings of the board."""
@@ -229,6 +235,48 @@ class RayCluster:
             for node in self.ray.nodes()
             if node["Alive"] and all(node["Resources"].get(name, 0) >= count for name, count in wanted.items())
         ]
+
+    def gone(self) -> frozenset[str]:
+        """Return the nodes that Ray has declared dead; it does so also where calls to them still hang."""
+        return frozenset(node["NodeID"] for node in self.ray.nodes() if not node["Alive"])
+
+    def may_grow(self) -> bool:
+        """Tell whether an autoscaler may add nodes; where Ray does not say, it may."""
+        # There is no public word for it, and what there is may change.
+        try:
+            sdk = importlib.import_module("ray.autoscaler.v2.sdk")
+            kept = importlib.import_module("ray.experimental.internal_kv")
+            here = self.ray.get_runtime_context().gcs_address
+            version = sdk.get_cluster_status(here, timeout=_CONNECT_SECONDS).stats.autoscaler_version
+            return tells_of_growth(version, kept._internal_kv_get(_AUTOSCALING_STATUS))
+        except Exception as exc:
+            _log.info("Ray does not say whether the cluster may grow: %s", first_line(exc))
+            return True
+
+    def needs_to_share(self, cut_off: frozenset[str], freed: str | None) -> bool:
+        """Tell whether another worker can begin soon only if it shares a core.
+
+        Parameters
+        ----------
+        cut_off : frozenset of str
+            Nodes where none should begin.
+        freed : str or None
+            Node that has just lost a worker, whose resources Ray may still take for used.
+        """
+        if any(name in self.options for name in _PLACING):
+            return False  # what is free where the caller wants it is not known
+        wanted = _wanted(self.options)
+        living = {node["NodeID"] for node in self.ray.nodes() if node["Alive"]} - cut_off
+        try:
+            told = importlib.import_module("ray._private.state").available_resources_per_node()
+        except Exception as exc:  # not public either
+            _log.info("Ray does not say what is free: %s", first_line(exc))
+            return False
+        free = [
+            {name: told.get(node, {}).get(name, 0.0) + (wanted[name] if node == freed else 0.0) for name in wanted}
+            for node in living
+        ]
+        return only_cores_lack(wanted, free) and not self.may_grow()
 
     def no_room(self) -> ClusterUnreachable:
         """Return the error for a cluster without a node that is large enough."""
@@ -419,7 +467,7 @@ def _mobile_task(names: Sequence[str], expected: Mapping[str, str]) -> Callable[
 
 
 def _mobile_part(names: Sequence[str], expected: Mapping[str, str]) -> type:
-    """Return the class of the actors that hold parts of the sample: a `PartHost`, where the versions are those expected.
+    """Return the class of the actors that hold parts: a `PartHost`, where the versions are those expected.
 
     Nodes that join later were not looked at before, so each actor looks, like each task.
     """
@@ -497,6 +545,44 @@ def _wanted(options: Mapping[str, Any]) -> dict[str, float]:
     wanted = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus"), "memory": options.get("memory")}
     wanted.update(options.get("resources") or {})
     return {name: float(count) for name, count in wanted.items() if count}
+
+
+def only_cores_lack(wanted: Mapping[str, float], free: Iterable[Mapping[str, float]]) -> bool:
+    """Tell whether a worker has no room now, but would have if it took no core.
+
+    Parameters
+    ----------
+    wanted : mapping of str to float
+        What it takes.
+    free : iterable of mapping of str to float
+        What is free on each node where it may run.
+    """
+    nodes = list(free)
+    others = {name: count for name, count in wanted.items() if name != "CPU"}
+    return not _fits(wanted, nodes) and _fits(others, nodes)
+
+
+def _fits(wanted: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> bool:
+    return any(all(node.get(name, 0.0) >= count for name, count in wanted.items()) for node in nodes)
+
+
+def tells_of_growth(version: str, status: bytes | None) -> bool:
+    """Tell whether what Ray keeps about autoscaling means that there is any.
+
+    Parameters
+    ----------
+    version : str
+        Of the state that the second autoscaler has left; ``"0"`` if it does not run.
+    status : bytes or None
+        What the first one has left. Where there is none, a process without power stands in for it, which gives each
+        node a kind of its own.
+    """
+    if version not in ("", "0"):
+        return True
+    if status is None:
+        return False
+    kinds = json.loads(status)["autoscaler_report"]["node_type_mapping"]
+    return any(kind != f"node_{node}" for node, kind in kinds.items())
 
 
 def _check_listening(address: str) -> str | None:

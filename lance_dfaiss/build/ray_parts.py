@@ -30,7 +30,7 @@ __all__ = ["RayParts"]
 
 _log = logging.getLogger(__name__)
 
-# Where there is room for some of the parts of a sample: how long the others are waited for.
+# How long a process is waited for without which it goes on as well: with fewer parts, or with one that shares a core.
 _ROOM_SECONDS = 20.0
 
 # On the board, runs are numbered from 1 and their attempts after them; parts go by this.
@@ -43,6 +43,7 @@ class _Host:
 
     actor: Any
     ident: int
+    shares: bool = False
     node: str = ""
     worker: str = "a worker that was not heard of"
 
@@ -80,10 +81,18 @@ class RayParts:
         What it takes; picklable.
     count : int
         How many to make; there are fewer if the cluster has no room for all of them.
+    enough : int
+        As many as hold the whole recipe. They are waited for longer if the cluster may grow.
     """
 
     def __init__(
-        self, cluster: RayCluster, kind: Callable[[Any, tuple[int, int]], Any], recipe: Any, count: int
+        self,
+        cluster: RayCluster,
+        kind: Callable[[Any, tuple[int, int]], Any],
+        recipe: Any,
+        count: int,
+        *,
+        enough: int = 1,
     ) -> None:
         cluster.connect()
         self._cluster = cluster
@@ -96,7 +105,7 @@ class RayParts:
         self._listener = Listener(cluster)
         self._hosts: list[_Host] = []
         try:
-            self._begin(count)
+            self._begin(count, enough)
             self._carry_out([self._loading(index) for index in range(self.count)])
         except BaseException:
             self.close()
@@ -143,10 +152,11 @@ class RayParts:
         self._setups[method] = args
         self.each(method, *args)
 
-    def _begin(self, count: int) -> None:
+    def _begin(self, count: int, enough: int) -> None:
         """Start processes, as many as find room: what is computed does not depend on their number."""
         hosts = dict(self._new_host(frozenset()) for _ in range(count))
         waiting, since, last = list(hosts), time.monotonic(), float("inf")
+        growing: bool | None = None
         while waiting:
             ready, waiting = self._ray.wait(waiting, timeout=LOOK_SECONDS)
             now = time.monotonic()
@@ -155,7 +165,12 @@ class RayParts:
                     self._hosts.append(hosts[ref])
                     last = now
             if now - max(last, since) > _ROOM_SECONDS and self._hosts:
-                break
+                if growing is None:
+                    growing = len(self._hosts) < enough and self._cluster.may_grow()
+                    if growing:
+                        _log.info("room for %d workers, %d hold the sample: waiting for more", len(self._hosts), enough)
+                if not growing or len(self._hosts) >= enough:
+                    break
             if now - since > self._cluster.rules.start_seconds:
                 break
         for ref in waiting:
@@ -172,7 +187,7 @@ class RayParts:
         for host in self._hosts:
             busy[host.node] = busy.get(host.node, 0) + 1
         actor, hello = self._cluster.start_part(f"{_PARTS}.{ident}", avoid, busy, shared=shared)
-        return hello, _Host(actor, ident)
+        return hello, _Host(actor, ident, shared)
 
     def _greeted(self, host: _Host, ref: Any) -> bool:
         try:
@@ -265,14 +280,16 @@ class RayParts:
         """Make a part that is gone once more, elsewhere if there is another node."""
         index, old = call.index, self._hosts[call.index]
         self._kill(old)
-        for attempt in range(self._cluster.rules.max_retries + 1):
-            # Where a node has gone, there may be no core left: the part then shares one, slower but at all.
-            hello, host = self._new_host(frozenset(self._cut_off | {old.node}), shared=attempt > 0)
-            patience = self._cluster.rules.start_seconds if attempt else _ROOM_SECONDS
+        # Where a node has gone, there may be no core left: the part then shares one, slower but at all.
+        shared = self._cluster.needs_to_share(frozenset(self._cut_off), None if old.shares else old.node)
+        for _attempt in range(self._cluster.rules.max_retries + 1):
+            hello, host = self._new_host(frozenset(self._cut_off | {old.node}), shared=shared)
+            patience = self._cluster.rules.start_seconds if shared else _ROOM_SECONDS
             ready, _pending = self._ray.wait([hello], timeout=patience)
             if ready and self._greeted(host, hello):
                 break
             self._kill(host)
+            shared = True
         else:
             raise self._failed(call, "found no other worker", "") from self._cluster.no_room()
         self._hosts[index] = host
@@ -313,7 +330,10 @@ class RayParts:
         living = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
         found = []
         for call in waiting.values():
-            if any(kept.ref[1] not in living for kept in call.kept):
+            if call.host is not None and call.host.node not in living:
+                # Ray knows that a host is gone long before calls to it fail, if its link was cut.
+                found.append((call, "its node has gone", True))
+            elif any(kept.ref[1] not in living for kept in call.kept):
                 found.append((call, "a result that it needs was lost with its node", False))
             elif call.host is not None and call.host.ident in silent:
                 self._cut_off.add(call.host.node)

@@ -205,7 +205,8 @@ class _Drive(Generic[R]):
         self._work = work
         self._tasks = tasks
         self._run = run
-        self._attempts = Attempts([task.physical_rows for task in tasks], runner.num_workers, runner.cluster.rules)
+        rows = [task.physical_rows for task in tasks]
+        self._attempts = Attempts(rows, runner.num_workers, runner.cluster.rules, gone=runner.cluster.gone())
         self._flights: dict[Any, _Flight] = {}
         self._leaving: dict[Any, _Flight] = {}
         self._listener = Listener(runner.cluster)
@@ -310,6 +311,11 @@ class _Drive(Generic[R]):
         if silent:
             # What was sent to the same host after its link was cut waits for Ray to notice, which may take minutes.
             self._take_back([attempt for attempt in self._attempts.running if attempt.begun is None])
+        # Ray knows that a host is gone long before calls to it fail, if its link was cut.
+        begun, not_begun = self._attempts.left_behind(self._cluster.gone())
+        for attempt in begun:
+            self._give_up(attempt, "its node has gone", cut_off=True)
+        self._take_back(not_begun)
 
     def _book(self, beats: Mapping[str, Beat], now: float) -> None:
         """Take reports, and book what is new in them."""

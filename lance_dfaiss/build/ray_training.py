@@ -90,7 +90,8 @@ def train_on_ray(
         threads=runner.cluster.threads,
         budget_bytes=budget_bytes,
     )
-    with RayParts(runner.cluster, _part, bounded, count) as parts:
+    enough = min(-(-recipe.rows // max(bounded.most_rows, 1)), count)
+    with RayParts(runner.cluster, _part, bounded, count, enough=enough) as parts:
         held = bounded.of(parts.count).rows
         if held < min(resolved.num_partitions, rows):
             needed = 8 * resolved.dim * resolved.num_partitions

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,21 @@ class RayHosts:
         Where their processes log.
     environment : mapping
         Variables of all processes, beside those that they need.
+    head_options : sequence of str
+        Further words for ``ray start`` on the head.
     """
 
-    def __init__(self, count: int, logs: Path, environment: Mapping[str, str] = KEEPALIVE) -> None:
+    def __init__(
+        self,
+        count: int,
+        logs: Path,
+        environment: Mapping[str, str] = KEEPALIVE,
+        *,
+        head_options: Sequence[str] = (),
+    ) -> None:
         self.hosts = Hosts(count)
         self._logs = logs
+        self._head_options = head_options
         self._folder = tempfile.mkdtemp(prefix="rh-", dir="/tmp")  # short: Ray makes sockets below it
         self._variables = {
             "RAY_AUTH_MODE": "token",
@@ -72,7 +82,7 @@ class RayHosts:
         self.hosts.__enter__()
         try:
             head = ("--head", f"--port={_PORT}", "--num-cpus=0", "--include-dashboard=false")
-            self._start(0, *head, f"--temp-dir={self._folder}")
+            self._start(0, *head, f"--temp-dir={self._folder}", *self._head_options)
             for host in range(1, self.hosts.count):
                 self._start(host, f"--address={self.address}", "--num-cpus=1")
         except BaseException:

@@ -129,6 +129,21 @@ def test_who_is_silent_who_stands_still_and_who_has_not_begun() -> None:
     assert found == {silent.ident: ("silent", 61), stalled.ident: ("stalled", 901), waits.ident: ("late", 301)}
 
 
+def test_what_a_node_that_has_gone_leaves_behind() -> None:
+    attempts = Attempts([10] * 3, 3, RULES, gone={"gone before"})
+    there, elsewhere, on_its_way = begin_all(attempts)
+    attempts.heard(there.ident, "a", "w", 0, 0, now=1.0)
+    attempts.heard(elsewhere.ident, "b", "w", 0, 0, now=1.0)
+    assert attempts.left_behind({"gone before"}) == ((), ())
+    assert attempts.left_behind({"gone before", "a"}) == ((there,), (on_its_way,))
+    # It is news once, and what is sent again is not sent as before.
+    assert attempts.left_behind({"gone before", "a"}) == ((), ())
+    attempts.put_back(on_its_way.ident)
+    on_its_way = begin_one(attempts)
+    assert on_its_way.avoid == {"a"}
+    assert attempts.left_behind({"gone before", "a", "b"}) == ((elsewhere,), (on_its_way,))
+
+
 def test_a_pause_of_the_driver_is_not_held_against_workers() -> None:
     attempts = Attempts([10], 1, RULES)
     attempt = begin_one(attempts)

@@ -152,6 +152,22 @@ def test_tasks_of_a_killed_node_are_done_elsewhere(rig: RayRig, tmp_path: Path) 
 
 
 @pytest.mark.nightly
+def test_a_task_on_its_way_to_a_node_that_stands_still_is_done_elsewhere(rig: RayRig, tmp_path: Path) -> None:
+    node = rig.add_node(THIRD, num_cpus=2, second=2)
+    rules = AttemptRules(start_seconds=10_000, twin_seconds=10_000)
+    try:
+        with RayRunner(1, remote_args={"resources": {"second": 1}}, rules=rules) as runner:
+            # To Ray this is a host whose link was cut: nothing that is sent there fails, and nothing comes back.
+            os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGSTOP)
+            # It is lost once where it can run, so that it is sent to the other node.
+            job = scripted.work(scripted.dies_once, folder=str(tmp_path), bad=2)
+            assert ordinals(runner, job, TASKS[2:3]) == [2]
+            assert outcomes(runner, 2) == ["lost", "done"]
+    finally:
+        rig.remove(node)
+
+
+@pytest.mark.nightly
 def test_a_worker_that_outlives_its_node_does_no_harm(rig: RayRig, tmp_path: Path) -> None:
     node = rig.add_node(THIRD, third=2)
     job = scripted.work(scripted.waits_on_host, folder=str(tmp_path), host=THIRD)
@@ -357,8 +373,8 @@ def test_kept_results_of_a_dead_node_are_computed_again(rig: RayRig, monkeypatch
             kept = parts.keep("large", 50_000)
             hosts = parts.each("host")
             assert THIRD in hosts
-            # The three cores that are left are taken: the part has to share one.
-            monkeypatch.setattr("lance_dfaiss.build.ray_parts._ROOM_SECONDS", 2.0)
+            # The three cores that are left are taken: the part has to share one, and nothing is waited for.
+            monkeypatch.setattr("lance_dfaiss.build.ray_parts._ROOM_SECONDS", 10_000.0)
             kill_node(node)
             asked = next(index for index, host in enumerate(hosts) if host != THIRD)
             assert parts.one(asked, "joined", Held(kept), []) == 3.0 * 50_000 * parts.count
