@@ -9,7 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import build, changing, distributed, filtered, memory, opening, search, serving, shards, storing, training
+from . import (
+    build,
+    changing,
+    costs,
+    distributed,
+    filtered,
+    memory,
+    opening,
+    search,
+    serving,
+    shards,
+    storing,
+    training,
+)
 from .machine import machine
 from .plot import can_plot, draw
 from .report import Outcome, Row, load_runs, markdown_table, save_run, write_page
@@ -31,6 +44,7 @@ _BENCHMARKS: Mapping[str, Callable[[Settings], Outcome]] = {
     "distributed": distributed.run,
     "train": training.run,
     "storing": storing.run,
+    "costs": costs.run,
 }
 _DOCS = Path(__file__).parents[1] / "docs"
 _REPEATS = 5

@@ -1,49 +1,73 @@
-"""How long a build takes on other machines: a simulator of its phases, fed with what things cost there.
+"""How long a build takes on other machines: a simulator of its phases, fed with what its steps cost.
 
-Pure arithmetic. Every phase is divided into what workers share, what the driver does alone, and what goes over the
-network; the longest of the three that can overlap, and the sum of those that cannot, is its time. ``python -m
-benchmarks.scale`` prints projections, ``--check`` compares with a published run.
+Pure arithmetic. Every phase is divided into what workers share, what the driver or one worker does alone, and what goes
+over the network; the longest of the first and the last, and what is done alone, is its time. ``python -m
+benchmarks.scale`` prints projections, ``--check`` compares with a published run. What steps cost is measured by
+``python -m benchmarks --only costs``.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from lance_dfaiss.plan import training_parts
 
 __all__ = [
-    "ASSUMED",
+    "MEASURED",
     "PUBLISHED",
     "Build",
     "Cluster",
+    "Codes",
     "Costs",
     "Known",
     "Phase",
     "Projection",
     "expected",
     "project",
+    "slower",
     "table",
 ]
 
 # Iterations until k-means gains less than its threshold; measured 6 to 8 on real and synthetic sets.
 _KMEANS_ITERATIONS = 7
-_PQ_ITERATIONS = 25
 _PQ_ROWS_PER_CODEWORD = 256
-_TRANSFORM_ROWS = 65_536
-# From so many lists on rows find their list through a graph: it looks at about this many centroids.
+# Rows that one worker goes over when it puts the model together: for its error, and for the ranges of codes.
+_ERROR_ROWS, _RANGE_ROWS = 16_384, 65_536
+# From so many lists on rows find their list through a graph.
 _GRAPH_LISTS = 16_384
-_GRAPH_VISITS = 1_500
-# k-means over so many builds its graph anew each time, and takes as long as comparing with about so many.
+# k-means over more builds its graph anew each time, and takes as long as comparing with about so many.
 _KMEANS_COMPARED = 20_000
+# Partial sums that the driver fetches at a time.
+_FETCHED_BYTES = 256 * 1024**2
 _SHARD_BYTES = 2 * 1024**3
+
+_BITS = {"FLAT": 32, "SQ": 8, "RQ": 1}
+_CODEWORDS = {"PQ8": 256, "PQ4": 16}
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """What codes of one kind cost, per core.
+
+    Parameters
+    ----------
+    train_pairs : float
+        Training rows times codewords a second, all iterations of k-means included; 0 for codes without codewords.
+    coordinates : float
+        Coordinates a second of rows that are read, encoded, looked for to measure recall, and written; of ``"refine"``,
+        what comes on top of that.
+    """
+
+    train_pairs: float
+    coordinates: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What things cost on one machine of the kind that is projected; all but the last four per core.
+    """What things cost on one machine of the kind that is projected; all but the last five per core.
 
     Parameters
     ----------
@@ -51,12 +75,14 @@ class Costs:
         Multiply-adds a second, comparing rows with centroids.
     sum_bytes : float
         Bytes of rows a second that are added up to new centroids.
-    code_macs : float
-        Multiply-adds a second, comparing parts of rows with codewords.
+    codes : mapping of str to Codes
+        By kind: ``"FLAT"``, ``"SQ"``, ``"PQ8"``, ``"PQ4"``, ``"RQ"``; ``"refine"`` is a store of 8 bits beside others.
+    graph_visits, graph_adds : float
+        With how many centroids a row could be compared while it finds its list through a graph, or is added to one.
     row_seconds : float
-        For a row whatever its size: decoding, lists, accounts.
-    byte_seconds : float
-        For a byte of a row as it is stored: decoding, checking, copying.
+        For a row whatever its dimension: lists, accounts.
+    sample_row_seconds, sample_coordinate_seconds : float
+        To read a row of the training sample, and each of its coordinates.
     task_seconds : float
         To start a task: scheduling, opening the dataset, loading the model.
     round_seconds : float
@@ -69,9 +95,12 @@ class Costs:
 
     macs: float
     sum_bytes: float
-    code_macs: float
+    codes: Mapping[str, Codes]
+    graph_visits: float
+    graph_adds: float
     row_seconds: float
-    byte_seconds: float
+    sample_row_seconds: float
+    sample_coordinate_seconds: float
     task_seconds: float
     round_seconds: float
     start_seconds: float
@@ -93,6 +122,8 @@ class Cluster:
         Between the driver and all workers together.
     memory_bytes : int
         Budget of a worker.
+    shards : int, optional
+        Tasks; by default as many for each worker as the budget asks for.
     """
 
     workers: int
@@ -100,6 +131,7 @@ class Cluster:
     worker_bytes_per_second: float = 300e6
     driver_bytes_per_second: float = 1e9
     memory_bytes: int = 16 * 1024**3
+    shards: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +146,12 @@ class Build:
         Of one stored coordinate.
     lists : int
         IVF lists.
-    sub_vectors, bits : int
-        Of the product quantizer; 0 without one.
-    code_bytes : int
-        Of an encoded row, refine store and id included.
+    code : str
+        ``"FLAT"``, ``"SQ"``, ``"PQ8"``, ``"PQ4"`` or ``"RQ"``.
+    sub_vectors : int
+        Of the product quantizer.
+    refine : bool
+        Whether rows have codes of 8 bits beside the others.
     sample_rate : int
         Training rows for each list.
     spread_training : bool
@@ -128,9 +162,9 @@ class Build:
     dim: int
     value_bytes: int = 4
     lists: int
+    code: str
     sub_vectors: int = 0
-    bits: int = 8
-    code_bytes: int
+    refine: bool = False
     sample_rate: int = 256
     spread_training: bool = True
 
@@ -143,6 +177,13 @@ class Build:
     def row_bytes(self) -> int:
         """Bytes of a stored vector."""
         return self.dim * self.value_bytes
+
+    @property
+    def code_bytes(self) -> float:
+        """Bytes of an encoded row, with its id and refine code."""
+        codeword_bits = math.log2(_CODEWORDS.get(self.code, 1))
+        bits = self.sub_vectors * codeword_bits if codeword_bits else self.dim * _BITS[self.code]
+        return bits / 8 + self.dim * self.refine + 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,11 +271,11 @@ def _trainers(build: Build, cluster: Cluster, costs: Costs) -> int:
 
 def _sample(build: Build, cluster: Cluster, costs: Costs, trainers: int) -> Phase:
     sample_bytes = build.sample * build.row_bytes
-    decode = build.sample * costs.row_seconds + sample_bytes * costs.byte_seconds
+    decode = build.sample * (costs.sample_row_seconds + build.dim * costs.sample_coordinate_seconds)
     return Phase(
         "sample",
         decode / (trainers * cluster.cores),
-        0.0,
+        2 * costs.round_seconds,
         sample_bytes / (trainers * cluster.worker_bytes_per_second),
     )
 
@@ -243,107 +284,174 @@ def _lists(build: Build, cluster: Cluster, costs: Costs, trainers: int) -> Phase
     seen = min(build.lists, _KMEANS_COMPARED)
     per_row = seen * build.dim / costs.macs + build.dim * 4 / costs.sum_bytes
     centroids = build.lists * build.dim
-    # Centroids go out as float32, sums come in as float64.
+    # Centroids go out as float32, sums come in as float64, some dimensions at a time.
     moved = centroids * (4 + 8) * trainers if trainers > 1 else 0
+    rounds = 1 + math.ceil(centroids * 8 * trainers / _FETCHED_BYTES)
     return Phase(
         "lists",
         _KMEANS_ITERATIONS * build.sample * per_row / (trainers * cluster.cores),
-        _KMEANS_ITERATIONS * (costs.round_seconds + moved / cluster.driver_bytes_per_second),
+        _KMEANS_ITERATIONS * (rounds * costs.round_seconds + moved / cluster.driver_bytes_per_second),
         0.0,
     )
 
 
 def _codes(build: Build, cluster: Cluster, costs: Costs, trainers: int) -> Phase:
-    if not build.sub_vectors:
-        return Phase("codes", 0.0, costs.round_seconds, 0.0)
-    words = 1 << build.bits
-    rows = min(build.sample, _PQ_ROWS_PER_CODEWORD * words)
-    per_sub_vector = _PQ_ITERATIONS * rows * words * (build.dim / build.sub_vectors) / costs.code_macs
-    waves = math.ceil(build.sub_vectors / (trainers * cluster.cores))
-    residuals = rows * build.dim * 4
-    return Phase("codes", waves * per_sub_vector, 3 * costs.round_seconds, residuals / cluster.worker_bytes_per_second)
+    """Codes are trained by all, and the model is put together by one."""
+    speed, ranged = costs.macs * cluster.cores, 0
+    shared, moved = 0.0, 0.0
+    if build.code in _CODEWORDS:
+        words = _CODEWORDS[build.code]
+        rows = min(build.sample, _PQ_ROWS_PER_CODEWORD * words)
+        waves = math.ceil(build.sub_vectors / (trainers * cluster.cores))
+        shared = waves * rows * words / costs.codes[build.code].train_pairs
+        shared += rows * build.lists * build.dim / (speed * trainers)
+        moved = rows * build.dim * 4 if trainers > 1 else 0
+    else:
+        ranged = min(build.sample, _RANGE_ROWS)
+    alone = (min(build.sample, _ERROR_ROWS) * _compared(build, costs) + ranged * build.lists) * build.dim / speed
+    if build.lists >= _GRAPH_LISTS:
+        alone += build.lists * costs.graph_adds * build.dim / speed
+    return Phase("codes", shared, alone + 4 * costs.round_seconds, moved / cluster.worker_bytes_per_second)
 
 
 def _encode(build: Build, cluster: Cluster, costs: Costs) -> Phase:
-    words = 1 << build.bits if build.sub_vectors else 0
+    kinds = [build.code, *["refine"] * build.refine]
     per_row = (
-        _compared(build.lists) * build.dim / costs.macs
-        + words * build.dim / costs.code_macs
+        _compared(build, costs) * build.dim / costs.macs
+        + sum(build.dim / costs.codes[kind].coordinates for kind in kinds)
         + costs.row_seconds
-        + build.row_bytes * costs.byte_seconds
     )
     shards = _shards(build, cluster)
     waves = math.ceil(shards / cluster.workers)
     rows_per_shard = build.rows / shards
+    moved = rows_per_shard * (build.row_bytes + build.code_bytes) + build.lists * build.dim * 4
     return Phase(
         "encode",
         waves * (rows_per_shard * per_row / cluster.cores + costs.task_seconds),
         0.0,
-        waves * rows_per_shard * (build.row_bytes + build.code_bytes) / cluster.worker_bytes_per_second,
+        waves * moved / cluster.worker_bytes_per_second,
     )
 
 
-def _compared(lists: int) -> float:
-    return lists if lists < _GRAPH_LISTS else _GRAPH_VISITS
+def _compared(build: Build, costs: Costs) -> float:
+    return build.lists if build.lists < _GRAPH_LISTS else costs.graph_visits
 
 
 def _shards(build: Build, cluster: Cluster) -> int:
+    if cluster.shards is not None:
+        return cluster.shards
     # A list that grows doubles its memory, so a worker can hold half of its budget in codes.
     largest = min(_SHARD_BYTES, cluster.memory_bytes // 2)
     needed = math.ceil(build.rows * build.code_bytes / largest)
     return max(cluster.workers * math.ceil(needed / cluster.workers), 1)
 
 
-ASSUMED = Costs(
-    macs=2.0e10,
-    sum_bytes=1.2e9,
-    code_macs=8.0e9,
-    row_seconds=1.0e-6,
-    byte_seconds=1.5e-9,
-    task_seconds=0.35,
-    round_seconds=0.02,
+def slower(costs: Costs, factor: float) -> Costs:
+    """Return the costs of a machine on which everything takes so many times as long."""
+    return replace(
+        costs,
+        macs=costs.macs / factor,
+        sum_bytes=costs.sum_bytes / factor,
+        codes={kind: Codes(code.train_pairs / factor, code.coordinates / factor) for kind, code in costs.codes.items()},
+        **{name: getattr(costs, name) * factor for name in Costs.__slots__ if name.endswith("_seconds")},
+    )
+
+
+MEASURED = Costs(
+    macs=5.1e10,
+    sum_bytes=1.5e9,
+    codes={
+        "FLAT": Codes(train_pairs=0.0, coordinates=2.1e7),
+        "SQ": Codes(train_pairs=0.0, coordinates=4.0e7),
+        "PQ8": Codes(train_pairs=1.8e8, coordinates=2.3e7),
+        "PQ4": Codes(train_pairs=1.8e7, coordinates=3.3e7),
+        "RQ": Codes(train_pairs=0.0, coordinates=3.2e7),
+        "refine": Codes(train_pairs=0.0, coordinates=8.3e7),
+    },
+    graph_visits=2_900.0,
+    graph_adds=6_800.0,
+    row_seconds=8.1e-7,
+    sample_row_seconds=1.4e-7,
+    sample_coordinate_seconds=3.3e-9,
+    task_seconds=0.073,
+    round_seconds=0.0011,
+    # The only one that is not measured: the machine was so busy that what it said (15 s) tells of the others on it.
     start_seconds=6.0,
-    commit_seconds=0.3,
-    shard_seconds=0.004,
+    commit_seconds=0.029,
+    shard_seconds=0.0042,
 )
-"""Round numbers for a core of a small machine, guided by single measurements; not fitted to runs of builds yet."""
+"""Of a core of an AMD EPYC (virtual machine of two, November 2026), by ``python -m benchmarks --only costs``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """A run whose times are known, with what one machine took for it."""
+    """A run whose times are known (minutes), with what one machine took for it.
+
+    Parameters
+    ----------
+    name : str
+        Who built what.
+    build : Build
+        The same in the simulator's words.
+    cores : int
+        Of each worker.
+    one_train, one_encode : float
+        With one worker.
+    workers : int
+        Of the run.
+    train, encode : float
+        With these.
+    """
 
     name: str
+    build: Build
+    cores: int
     one_train: float
     one_encode: float
     workers: int
     train: float
     encode: float
-    spread_training: bool
 
 
 # lance-ray's own figures for IVF_SQ over 1,281,167 x 2,048 on S3, four workers of 4 cores and 16 GB against one
-# machine (minutes, from the pull request that added its distributed build). Its training was not distributed.
+# machine (minutes, from the pull request that added its distributed build). Its training was not distributed. How many
+# lists it had is not told; both of its phases grow with them alike, for one worker and for four.
 PUBLISHED = Known(
     name="lance-ray, IVF_SQ, 1.28M x 2,048, 4 workers of 4 cores",
+    build=Build(rows=1_281_167, dim=2_048, lists=1_024, code="SQ", spread_training=False),
+    cores=4,
     one_train=11.5,
     one_encode=137.5,
     workers=4,
     train=11.25,
     encode=25.7,
-    spread_training=False,
 )
 
 
-def expected(known: Known) -> tuple[float, float]:
-    """Return the training and encoding time that the model's rules give a known run, from those of one machine."""
-    return known.one_train / (known.workers if known.spread_training else 1), known.one_encode / known.workers
+def expected(known: Known, costs: Costs) -> tuple[float, float]:
+    """Return the minutes of training and encoding that are projected for a known run.
+
+    Its machines are others: each phase is first made as slow as it was with one worker, by one factor for all costs.
+    """
+    projected = []
+    for names, one in ((("sample", "lists", "codes"), known.one_train), (("encode",), known.one_encode)):
+        alone = _minutes(known, costs, 1, names)
+        scaled = slower(costs, one / alone)
+        # What the network takes does not scale: once more, now that the rest does.
+        scaled = slower(scaled, one / _minutes(known, scaled, 1, names))
+        projected.append(_minutes(known, scaled, known.workers, names))
+    return projected[0], projected[1]
+
+
+def _minutes(known: Known, costs: Costs, workers: int, names: Sequence[str]) -> float:
+    found = project(known.build, Cluster(workers=workers, cores=known.cores), costs)
+    return sum(found.phase(name).seconds for name in names) / 60
 
 
 def _builds(rows: int, dim: int) -> Build:
     # AUTO's rule: lists as the square root of the rows, 4-bit codes of two dimensions, SQ8 refine store, 8 bytes of id.
     lists = min(1 << math.ceil(math.log2(math.sqrt(rows))), 65_536)
-    return Build(rows=rows, dim=dim, lists=lists, sub_vectors=dim // 2, bits=4, code_bytes=dim // 4 + dim + 8)
+    return Build(rows=rows, dim=dim, lists=lists, code="PQ4", sub_vectors=dim // 2, refine=True)
 
 
 def table(dim: int, rows: Sequence[int], workers: Sequence[int], costs: Costs) -> str:
@@ -380,9 +488,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="compare with published runs instead")
     options = parser.parse_args(arguments)
     if not options.check:
-        print(table(options.dim, options.rows, options.workers, ASSUMED))
+        print(table(options.dim, options.rows, options.workers, MEASURED))
         return
-    train, encode = expected(PUBLISHED)
+    train, encode = expected(PUBLISHED, MEASURED)
     print(f"{PUBLISHED.name}: training {train:.1f} min (published {PUBLISHED.train}),")
     print(f"encoding {encode:.1f} min (published {PUBLISHED.encode})")
 
