@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -17,7 +18,8 @@ _SEED, _STEPS = 3, 160
 def test_every_answer_is_exact_whatever_happens_to_the_dataset(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "tests.living.drive", "--steps", str(_STEPS), "--seed", str(_SEED)]
     command += ["--log", str(tmp_path), "--length", "20", "--no-shrink"]
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     counts: Counter[str] = Counter()
     for report in (tmp_path / f"seed-{_SEED}").glob("*.json"):
