@@ -159,19 +159,18 @@ class GrowingRay:
         How large it may grow.
     folder : pathlib.Path
         For logs, and for the state of its nodes.
-    version : int
-        1 or 2, of the autoscaler. KubeRay has the second.
     idle_seconds : float
         A node that has nothing to do for so long is stopped.
     """
 
-    def __init__(self, most_nodes: int, folder: Path, *, version: int = 2, idle_seconds: float = 5.0) -> None:
+    def __init__(self, most_nodes: int, folder: Path, *, idle_seconds: float = 5.0) -> None:
         self._nodes = folder / "nodes"
         self._nodes.mkdir()
         self._folder = folder
         path = folder / "grow.json"
         environment = {
-            "RAY_enable_autoscaler_v2": str(version - 1),
+            # The second autoscaler, as on Kubernetes.
+            "RAY_enable_autoscaler_v2": "1",
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_CLOUD_INSTANCE_ID": _HEAD,
             "RAY_NODE_TYPE_NAME": _HEAD,

@@ -38,9 +38,9 @@ SPEC: dict[str, Any] = {
 LONGEST_SECONDS = 200.0
 
 
-@pytest.fixture(params=[2, 1], ids=["second autoscaler", "first autoscaler"])
-def growing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[GrowingRay]:
-    with GrowingRay(2, tmp_path, version=request.param) as cluster:
+@pytest.fixture
+def growing(tmp_path: Path) -> Iterator[GrowingRay]:
+    with GrowingRay(2, tmp_path) as cluster:
         yield cluster
 
 
