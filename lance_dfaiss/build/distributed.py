@@ -13,7 +13,6 @@ import numpy as np
 
 from ..engine import (
     ERROR_ROWS,
-    TRANSFORM_ROWS,
     CodesPlan,
     Grid,
     KMeansPlan,
@@ -29,6 +28,7 @@ from ..engine import (
     prepare,
     ranges_plan,
     settled,
+    transform_sample,
 )
 from ..errors import InvalidVectors
 from ..lance_io import VectorColumn
@@ -86,7 +86,7 @@ def train_distributed(
     total = _settle(parts, column, meter)
     check_trainable(resolved, total, lists=spec.ivf_centroids is None, codes=spec.pq_codebook is None)
     if has_transforms(resolved):
-        parts.setup("transform", parts.one(0, "fit_transforms", parts.keep("spread", TRANSFORM_ROWS)))
+        parts.setup("transform", parts.one(0, "fit_transforms", parts.keep("spread", transform_sample(total))))
     centroids = _centroids(resolved, spec, parts, total)
     codes, ranges = codes_plan(resolved), ranges_plan(resolved)
     if any(coded is not None and coded.by_residual for coded in (codes, ranges)):

@@ -22,7 +22,6 @@ from .kmeans import (
 from .mask import Mask
 from .model import (
     ERROR_ROWS,
-    TRANSFORM_ROWS,
     CodesPlan,
     Model,
     RangesPlan,
@@ -39,6 +38,7 @@ from .model import (
     train_model,
     train_sub_quantizers,
     train_transforms,
+    transform_sample,
     transformed,
 )
 from .rearrange import rearrange
@@ -46,7 +46,6 @@ from .segment import CodeStage, Probed, Segment, empty_segment, flat_segment, me
 
 __all__ = [
     "ERROR_ROWS",
-    "TRANSFORM_ROWS",
     "Capability",
     "CodeStage",
     "CodesPlan",
@@ -91,6 +90,7 @@ __all__ = [
     "train_model",
     "train_sub_quantizers",
     "train_transforms",
+    "transform_sample",
     "transformed",
     "validate_factory",
 ]

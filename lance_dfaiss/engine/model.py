@@ -24,7 +24,6 @@ from .kmeans import KMeansPlan, on_threads, permutation, transform_rows
 
 __all__ = [
     "ERROR_ROWS",
-    "TRANSFORM_ROWS",
     "CodesPlan",
     "Model",
     "RangesPlan",
@@ -42,6 +41,7 @@ __all__ = [
     "train_model",
     "train_sub_quantizers",
     "train_transforms",
+    "transform_sample",
     "transformed",
 ]
 
@@ -63,8 +63,8 @@ _CODES_GAIN = 0.001
 # Rows that tell a scalar quantizer its ranges.
 _RANGE_ROWS = 65_536
 
-TRANSFORM_ROWS = 65_536
-"""Training rows that transforms see; PCA and OPQ estimate a dim x dim matrix, not one per list."""
+# Training rows that transforms see; PCA and OPQ estimate a dim x dim matrix, not one per list.
+_TRANSFORM_ROWS, _LEAST_TRANSFORM_ROWS = 65_536, 16_384
 
 # Seed of the rows that FAISS draws for product codes when it has more than they need (fvecs_maybe_subsample).
 _CODE_ROWS_SEED = 1_234
@@ -185,7 +185,7 @@ def train_model(
         If given centroids or codebooks have the wrong shape.
     """
     base = _untrained(spec)
-    _train_transforms(base, _spread(sample, TRANSFORM_ROWS))
+    _train_transforms(base, _spread(sample, transform_sample(len(sample))))
     seen = _transformed(base, sample)
     ivf = ivf_of(base)
     if ivf is not None:
@@ -301,6 +301,14 @@ def ranges_plan(spec: ResolvedSpec) -> RangesPlan | None:
         by_residual=bool(getattr(inner, "by_residual", False)),
         similarity=inner.metric_type == faiss.METRIC_INNER_PRODUCT,
     )
+
+
+def transform_sample(rows: int) -> int:
+    """Return how many of so many training rows transforms are trained on, at most.
+
+    A quarter, where that is enough: FAISS holds them five times over, and the sample may take half of the budget.
+    """
+    return min(_TRANSFORM_ROWS, max(rows // 4, _LEAST_TRANSFORM_ROWS))
 
 
 def has_transforms(spec: ResolvedSpec) -> bool:
