@@ -35,15 +35,13 @@ class RayRig:
         self._folder = tempfile.mkdtemp(prefix="rr-", dir="/tmp")  # short: Ray makes sockets below it
         # Where Ray notes the newest cluster's address: not for others on this machine.
         Path(self._folder, "ray").mkdir()
-        self._environment = _environment(
-            {
-                "RAY_AUTH_MODE": "disabled",
-                "PYTHONPATH": str(ROOT),
-                "RAY_worker_niceness": "0",
-                "RAY_TMPDIR": self._folder,
-            }
-        )
-        with _quiet():
+        self._variables = {
+            "RAY_AUTH_MODE": "disabled",
+            "PYTHONPATH": str(ROOT),
+            "RAY_worker_niceness": "0",
+            "RAY_TMPDIR": self._folder,
+        }
+        with self.variables(), _quiet():
             self.cluster = Cluster(
                 initialize_head=True,
                 head_node_args={
@@ -56,7 +54,21 @@ class RayRig:
                     "_system_config": dict(_HEALTH),
                 },
             )
-        self.second = self.add_node(SECOND, num_cpus=2, second=2)
+            self.second = self.add_node(SECOND, num_cpus=2, second=2)
+
+    @contextmanager
+    def variables(self) -> Iterator[None]:
+        """Set what the processes of Ray are to inherit, and what the one that connects to them needs."""
+        before = {name: os.environ.get(name) for name in self._variables}
+        os.environ.update(self._variables)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
     @property
     def address(self) -> str:
@@ -88,22 +100,10 @@ class RayRig:
         ray.shutdown()
 
     def close(self) -> None:
-        """Disconnect, and stop every process."""
-        self.leave()
-        self.cluster.shutdown()  # type: ignore[no-untyped-call]
+        """Stop every process."""
+        with self.variables():
+            self.cluster.shutdown()  # type: ignore[no-untyped-call]
         shutil.rmtree(self._folder, ignore_errors=True)
-        _environment(self._environment)
-
-
-def _environment(values: dict[str, str | None] | dict[str, str]) -> dict[str, str | None]:
-    """Set variables, or remove those that are None; return what they were."""
-    before = {name: os.environ.get(name) for name in values}
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-    return before
 
 
 @contextmanager
@@ -116,14 +116,24 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def ray_rig() -> Iterator[RayRig]:
-    """Give a cluster that this process is connected to."""
+    """Give a cluster; nobody is connected to it yet."""
     pytest.importorskip("ray")
     rig = RayRig()
     try:
-        rig.join()
         yield rig
     finally:
         rig.close()
+
+
+@contextmanager
+def connected(rig: RayRig) -> Iterator[None]:
+    """Connect this process to a cluster: until it leaves, whoever asks for no other executor builds there."""
+    with rig.variables():
+        rig.join()
+        try:
+            yield
+        finally:
+            rig.leave()
 
 
 def kill_node(node: Any, *, orphans: bool = False) -> None:

@@ -18,7 +18,7 @@ import lance_dfaiss
 from lance_dfaiss.build.create import run_build
 from lance_dfaiss.errors import BudgetExceeded, InvalidArgument, RecallTooLow
 from lance_dfaiss.spec import BuildOptions, IndexSpec
-from tests.build.rayrig import RayRig, ray_rig
+from tests.build.rayrig import RayRig
 from tests.cli.helpers import document
 from tests.lance_io.vending import IMPL
 from tests.storage.cloudrig import S3Rig, moto
@@ -27,7 +27,7 @@ from tests.support import Exact, assert_exact, clustered, fixed_size
 # Ray starts its processes with fork and exec, where nothing of Lance is left to go wrong.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:lance is not fork-safe:UserWarning"),
-    pytest.mark.usefixtures("rig"),
+    pytest.mark.usefixtures("ray_cluster"),
 ]
 
 DIM, ROWS, LISTS = 8, 2_400, 6
@@ -38,12 +38,6 @@ SPEC: dict[str, Any] = {"num_partitions": LISTS, "sample_rate": 64, "num_shards"
 
 def nightly(value: Any) -> Any:
     return pytest.param(value, marks=pytest.mark.nightly)
-
-
-@pytest.fixture(scope="module")
-def rig() -> Iterator[RayRig]:
-    with ray_rig() as rig:
-        yield rig
 
 
 @pytest.fixture(scope="module")
@@ -234,11 +228,11 @@ def test_the_handle_that_searches_by_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_the_command_line(rig: RayRig, tmp_path: Path) -> None:
+def test_the_command_line(ray_cluster: RayRig, tmp_path: Path) -> None:
     write(tmp_path / "t.lance")
     client = ["-", "--namespace-impl", "dir", "--namespace-property", f"root={tmp_path}", "--table-id", "t"]
     options = ["--index-type", "ivf_flat", "--num-partitions", "6", "--sample-rate", "64", "--num-workers", "2"]
-    who = ["--executor", "ray", "--address", rig.address, "--ray-remote-args", '{"num_cpus": 1}']
+    who = ["--executor", "ray", "--address", ray_cluster.address, "--ray-remote-args", '{"num_cpus": 1}']
     planned = document("plan", *client, "vec", *options, *who, "--task-deadline", "60")
     assert (planned["executor"], planned["workers"]) == ("ray", 2)
     document("build", *client, "vec", *options, *who, "--task-deadline", "60")
