@@ -174,7 +174,7 @@ def load_trained(plan: BuildPlan, store: Store, name: str, *, queries: bool = Tr
         If what is stored is not what was written, or lacks the held-out queries.
     """
     record = decode_model_record(store.read(name, max_bytes=_MAX_RECORD_BYTES), location=name)
-    model = load_model(store, record.file, plan.spec, record.fingerprint)
+    model = load_model(store, record.file, plan.spec, record.fingerprint, tables=False)
     if not queries:
         return TrainedModel(model, record, name, HeldOut.nothing(plan.spec.dim))
     if record.queries is None:

@@ -128,8 +128,8 @@ class ShardEncoder:
 
 
 def copy_index(index: Any) -> Any:
-    """Return an independent copy; through bytes, because `clone_index` lacks some classes."""
-    return owned(faiss.deserialize_index(faiss.serialize_index(index)))
+    """Return an independent copy without tables for searches; through bytes, as `clone_index` lacks some classes."""
+    return owned(faiss.deserialize_index(faiss.serialize_index(index), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE))
 
 
 def code_rows(store: Any, codes: Any, positions: Int64Array, vectors: Float32Array) -> None:

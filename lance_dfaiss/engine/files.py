@@ -26,8 +26,8 @@ __all__ = ["load_model", "load_shard", "save_model", "save_shard"]
 # FAISS hands a callback at most this many bytes; 1 MiB costs three times the time of a chunk.
 _CALLBACK_BYTES = CHUNK_BYTES
 
-_READ_FLAGS = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
-"""A placeholder quantizer has no centroids to precompute a table from."""
+# A placeholder quantizer has no centroids to precompute a table from.
+_WITHOUT_TABLES = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
 
 
 def save_model(model: Model, store: Store, name: str) -> FileEntry:
@@ -36,8 +36,23 @@ def save_model(model: Model, store: Store, name: str) -> FileEntry:
     return _write(whole, store, name)
 
 
-def load_model(store: Store, entry: FileEntry, spec: ResolvedSpec, fingerprint: Fingerprint) -> Model:
+def load_model(
+    store: Store, entry: FileEntry, spec: ResolvedSpec, fingerprint: Fingerprint, *, tables: bool = True
+) -> Model:
     """Read a model and check that it is the one the manifest names.
+
+    Parameters
+    ----------
+    store : Store
+        Where it lies.
+    entry : FileEntry
+        Its record.
+    spec : ResolvedSpec
+        What it was trained for.
+    fingerprint : Fingerprint
+        Of the model that is meant.
+    tables : bool
+        Make FAISS's tables for searches too (`table_bytes`); those who encode do without.
 
     Raises
     ------
@@ -46,7 +61,7 @@ def load_model(store: Store, entry: FileEntry, spec: ResolvedSpec, fingerprint: 
     ModelMismatch
         If its fingerprint is another one.
     """
-    base, refine = _read(store, entry, 0), None
+    base, refine = _read(store, entry, 0 if tables else _WITHOUT_TABLES), None
     if isinstance(base, faiss.IndexRefine):
         whole = base
         base, refine = faiss.downcast_index(whole.base_index), faiss.downcast_index(whole.refine_index)
@@ -94,7 +109,7 @@ def load_shard(
     CorruptIndex
         If a file is damaged, missing, or does not fit the model or the number of rows.
     """
-    index = _read(store, base, _READ_FLAGS)
+    index = _read(store, base, _WITHOUT_TABLES)
     ivf = ivf_of(index)
     if ivf is not None:
         placeholder = ivf.quantizer
@@ -106,7 +121,7 @@ def load_shard(
         holder.own_fields = True
     elif index.ntotal != physical_rows:
         raise _wrong_size(store, base, index.ntotal, physical_rows)
-    stored = None if refine is None else _read(store, refine, _READ_FLAGS)
+    stored = None if refine is None else _read(store, refine, _WITHOUT_TABLES)
     if stored is not None and stored.ntotal != physical_rows:
         raise _wrong_size(store, refine or base, stored.ntotal, physical_rows)
     if kind_of(index) != kind_of(model.base) or index.d != model.base.d:

@@ -533,6 +533,8 @@ def _set_seeds(base: Any, spec: ResolvedSpec) -> None:
         ivf.cp.max_points_per_centroid = max(spec.sample_rate, 1)
     if isinstance(inner, faiss.IndexIVFPQ):
         inner.do_polysemous_training = False
+        # The table for searches has a kilobyte for each list and sub-vector, in the model and in each clone of it.
+        inner.use_precomputed_table = -1
 
 
 def _train_transforms(base: Any, sample: Float32Array) -> None:
@@ -619,8 +621,6 @@ def _set_codebook(inner: Any, given: Float32Array) -> None:
     pq = inner.pq
     codebook = _given_array("pq_codebook", given, (int(pq.M), int(pq.ksub), int(pq.dsub)))
     faiss.copy_array_to_vector(codebook.ravel(), pq.centroids)
-    if pq.nbits == 8 and inner.by_residual:
-        inner.precompute_table()
     inner.is_trained = True
 
 

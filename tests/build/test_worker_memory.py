@@ -39,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "IVF_PQ 8": {"index_type": "IVF_PQ"},
     "IVF_PQ 8, refined": {"index_type": "IVF_PQ", "refine": "flat"},
     "IVF_PQ 8, long sub-vectors": {"index_type": "IVF_PQ", "num_sub_vectors": 16},
+    "IVF_PQ 8, many lists": {"index_type": "IVF_PQ", "num_partitions": 4_096, "sample_rate": 64},
     "IVF_PQ 4": {"index_type": "IVF_PQ", "num_bits": 4},
     "IVF_PQ 4, not refined": {"index_type": "IVF_PQ", "num_bits": 4, "refine": None},
     "IVF_RQ": {"index_type": "IVF_RQ"},
