@@ -9,7 +9,20 @@ from typing import TypedDict
 import numpy as np
 
 from .runs import RunTable, RunTableJSON, check_ranges, run_table
-from .validation import MAX_INTEGER, Fields, Place, distinct, each, integer, optional, pair, positive, text
+from .validation import (
+    MAX_INTEGER,
+    Fields,
+    Place,
+    distinct,
+    each,
+    fragment_number,
+    fragment_rows,
+    integer,
+    optional,
+    pair,
+    positive,
+    text,
+)
 
 __all__ = [
     "Cover",
@@ -169,8 +182,8 @@ class FragmentCover:
         """Parse the stored form, reporting problems to the place."""
         fields = Fields(value, place, shape=FragmentCoverJSON)
         cover = cls(
-            fragment_id=fields.get("fragment_id", integer),
-            physical_rows=fields.get("physical_rows", integer),
+            fragment_id=fields.get("fragment_id", fragment_number),
+            physical_rows=fields.get("physical_rows", fragment_rows),
             first_position=fields.get("first_position", integer),
             signature=fields.get("signature", FragmentSignature.from_json),
             part=fields.get("part", optional(pair(integer, positive))),
@@ -211,8 +224,8 @@ class RemapTarget:
         """Parse the stored form, reporting problems to the place."""
         fields = Fields(value, place, shape=RemapTargetJSON)
         return cls(
-            fragment_id=fields.get("fragment_id", integer),
-            physical_rows=fields.get("physical_rows", integer),
+            fragment_id=fields.get("fragment_id", fragment_number),
+            physical_rows=fields.get("physical_rows", fragment_rows),
             signature=fields.get("signature", FragmentSignature.from_json),
         )
 

@@ -472,13 +472,18 @@ def check_cover_disjoint(records: Iterable[ShardRecord]) -> None:
 
 
 def _overlap(sharers: list[tuple[ShardRecord, FragmentCover]]) -> bool:
-    """Tell whether a row of one fragment is covered twice."""
-    taken = np.zeros(max(fragment.physical_rows for _, fragment in sharers), dtype=np.int64)
+    """Tell whether a row of one fragment is covered twice.
+
+    By runs: a fragment of which there are parts is a large one, and a byte per row of it would be too much.
+    """
+    starts, ends = [], []
     for record, fragment in sharers:
-        rows = np.ones(fragment.positions, dtype=np.int64)
         first, end = fragment.first_position, fragment.first_position + fragment.positions
-        for start, length in record.cover.deleted.rows.tolist():
-            if start < end and start + length > first:
-                rows[max(start - first, 0) : start + length - first] = 0
-        taken[fragment.first_offset : fragment.first_offset + len(rows)] += rows
-    return bool((taken > 1).any())
+        gaps = record.cover.deleted.rows.astype(np.int64)
+        shift = fragment.first_offset - first
+        starts.append(np.append(first, gaps.sum(axis=1).clip(first, end)) + shift)
+        ends.append(np.append(gaps[:, 0].clip(first, end), end) + shift)
+    start, stop = np.concatenate(starts), np.concatenate(ends)
+    held = np.flatnonzero(start < stop)
+    order = held[np.argsort(start[held], kind="stable")]
+    return bool((start[order[1:]] < stop[order[:-1]]).any())

@@ -21,6 +21,8 @@ __all__ = [
     "constant",
     "distinct",
     "each",
+    "fragment_number",
+    "fragment_rows",
     "instant",
     "integer",
     "matching",
@@ -178,11 +180,21 @@ def positive(value: object, place: Place) -> int:
     return _whole(value, place, 1)
 
 
-def _whole(value: object, place: Place, minimum: int) -> int:
+def fragment_number(value: object, place: Place) -> int:
+    """Parse the id of a fragment: a row address has 32 bits for it."""
+    return _whole(value, place, 0, 2**32 - 1, "2**32 - 1")
+
+
+def fragment_rows(value: object, place: Place) -> int:
+    """Parse the number of rows in a fragment: a row address has 32 bits for the offset in it."""
+    return _whole(value, place, 0, 2**32, "2**32")
+
+
+def _whole(value: object, place: Place, minimum: int, maximum: int = MAX_INTEGER, bound: str = "2**64 - 1") -> int:
     # type() rather than isinstance(): true is no number here, and a numpy integer would not encode.
-    if type(value) is int and minimum <= value <= MAX_INTEGER:
+    if type(value) is int and minimum <= value <= maximum:
         return value
-    place.expected(f"a whole number from {minimum} to 2**64 - 1", value)
+    place.expected(f"a whole number from {minimum} to {bound}", value)
     return minimum
 
 

@@ -133,7 +133,7 @@ def fingerprints(draw: st.DrawFn, spec: ResolvedSpec | None = None) -> Fingerpri
 
 @st.composite
 def fragment_lists(draw: st.DrawFn, ids: list[int] | None = None) -> tuple[FragmentCover, ...]:
-    chosen = draw(st.lists(st.integers(0, 2**32), unique=True, max_size=5)) if ids is None else ids
+    chosen = draw(st.lists(st.integers(0, 2**32 - 1), unique=True, max_size=5)) if ids is None else ids
     fragments = []
     position = 0
     for fragment_id in chosen:

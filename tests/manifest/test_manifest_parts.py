@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -62,6 +63,22 @@ def test_a_row_that_one_part_leaves_out_may_be_in_another() -> None:
     check_cover_disjoint([covering((10, 20), [[5, 15]]), covering((15, 15), [])])
     with pytest.raises(CoverOverlap):
         check_cover_disjoint([covering((10, 20), [[6, 14]]), covering((15, 15), [])])
+
+
+def test_parts_are_compared_without_room_for_every_row() -> None:
+    records = []
+    for first in (0, 2**32 - 200):
+        record = covering((0, 100), [[5, 15]])
+        fragment = replace(record.cover.fragments[0], physical_rows=2**32, part=(first, 100))
+        records.append(replace(record, cover=replace(record.cover, fragments=(fragment,))))
+    tracemalloc.start()
+    try:
+        check_cover_disjoint(records)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(CoverOverlap):
+        check_cover_disjoint([*records, records[1]])
 
 
 @pytest.mark.parametrize(

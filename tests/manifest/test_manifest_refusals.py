@@ -67,6 +67,8 @@ BROKEN: list[tuple[str, str, Any, str, str]] = [
     ("shard", "cover.fragments.0.first_position", 1, "$.cover.fragments[0].first_position", "expected 0"),
     ("shard", "cover.fragments.1.first_position", 1001, "$.cover.fragments[1].first_position", "expected 1000"),
     ("shard", "cover.fragments.1.fragment_id", 0, "$.cover.fragments[1]", "fragment 0 appears more than once"),
+    ("shard", "cover.fragments.1.fragment_id", 2**32, "$.cover.fragments[1].fragment_id", "from 0 to 2**32 - 1"),
+    ("shard", "cover.fragments.1.physical_rows", 2**32 + 1, "$.cover.fragments[1].physical_rows", "from 0 to 2**32,"),
     (
         "shard",
         "cover.fragments.0.signature.files",
@@ -113,6 +115,7 @@ BROKEN: list[tuple[str, str, Any, str, str]] = [
     ("shard", "cover.remap.fragments", {}, "$.cover.remap.fragments", "a list"),
     ("shard", "cover.remap.fragments", [{"fragment_id": 7}], "$.cover.remap.fragments[0]", "physical_rows"),
     ("followed", "cover.remap.fragments.1.fragment_id", 7, "$.cover.remap.fragments[1]", "fragment 7"),
+    ("followed", "cover.remap.fragments.1.fragment_id", 2**63, "$.cover.remap.fragments[1].fragment_id", "2**32 - 1"),
     ("followed", "cover.remap.fragments.0.physical_rows", 997, "$.cover.remap.runs", "end by 997"),
     ("followed", "cover.remap.fragments.0.physical_rows", -1, "$.cover.remap.fragments[0].physical_rows", "whole"),
     (
