@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,14 @@ _FIT_KINDS: Mapping[str, tuple[Any, dict[str, Any]]] = {
 }
 
 # Real builds that the projection is compared with: type, its code, rows, dimension, lists.
-_CHECKS: tuple[tuple[str, dict[str, Any], str, int, int, int], ...] = (
+_CHECKS: tuple[tuple[Any, dict[str, Any], str, int, int, int], ...] = (
     ("IVF_SQ", {}, "SQ", 1_000_000, 128, 1_024),
     ("IVF_PQ", {"num_bits": 8}, "PQ8", 1_000_000, 128, 1_024),
     ("AUTO", {}, "PQ4", 1_000_000, 128, 1_024),
     ("IVF_SQ", {}, "SQ", 300_000, 768, 1_024),
     ("IVF_PQ", {"num_bits": 8}, "PQ8", 300_000, 768, 1_024),
 )
-_QUICK_CHECKS: tuple[tuple[str, dict[str, Any], str, int, int, int], ...] = (("IVF_SQ", {}, "SQ", 20_000, 32, 16),)
+_QUICK_CHECKS: tuple[tuple[Any, dict[str, Any], str, int, int, int], ...] = (("IVF_SQ", {}, "SQ", 20_000, 32, 16),)
 _CLOSE = 1.3
 _WHO = ("CPU time of the work of one worker", "one worker on Ray", "two workers on Ray")
 
@@ -254,8 +254,8 @@ def _builds(quick: bool, repeats: int) -> list[dict[str, Any]]:
 def _recipe(place: str, rows: int) -> Any:
     import lance
 
-    from lance_dfaiss.build.create import plan_index
     from lance_dfaiss.build.parts import PartRecipe
+    from lance_dfaiss.build.planned import plan_index
     from lance_dfaiss.spec import BuildOptions, IndexSpec
 
     spec = IndexSpec(name="sampled", column=_COLUMN, index_type="IVF_FLAT", num_partitions=_FIT_LISTS)
@@ -357,10 +357,10 @@ def _alone(quick: bool, _repeats: int) -> list[dict[str, Any]]:
     """Do the work of a build's only worker in this process, once: CPU seconds, whatever else the machine does."""
     import lance
 
-    from lance_dfaiss.build.create import plan_index
     from lance_dfaiss.build.distributed import train_distributed
     from lance_dfaiss.build.encode import EncodeJob
     from lance_dfaiss.build.parts import LocalParts, PartRecipe
+    from lance_dfaiss.build.planned import plan_index
     from lance_dfaiss.progress import PhaseMeter, SilentProgress
     from lance_dfaiss.spec import BuildOptions, IndexSpec
 
@@ -495,13 +495,6 @@ def _least_squares(parts: Sequence[Sequence[float]], seconds: Sequence[float]) -
 
 
 # The table.
-
-
-@dataclass(frozen=True, slots=True)
-class _Cost:
-    name: str
-    value: float
-    committed: float
 
 
 def _flat(costs: Costs) -> dict[str, float]:

@@ -55,7 +55,7 @@ _GRAPH_SLACK = 2.0
 # Blocks in flight, scores of the held-out queries, and what the allocator does not give back.
 _WORKING_BYTES = 128 * 1024 * 1024
 
-# A part of a fragment has at least so many rows: a budget for fewer is a mistake, not a wish.
+# A fragment is cut where so many rows fit the budget: one for fewer is a mistake, not a wish.
 _MIN_PART_ROWS = 4_096
 
 # The sample may take half of the budget: residuals of it are the other half.

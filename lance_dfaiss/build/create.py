@@ -128,7 +128,8 @@ def create_index(
     refine : str or None
         Finer codes to re-rank with: ``"sq8"``, ``"fp16"``, ``"flat"``, None, or ``"auto"``.
     num_shards, num_segments : int, optional
-        Shards to write (two names for one thing); by default as few as the budget allows.
+        Shards to write (two names for one thing), at most one for each fragment, or part of one that the budget needs
+        cut; by default as few as the budget allows.
     num_workers : int
         Shards encoded at the same time: threads of this process, or workers of a Ray cluster.
     memory_budget_bytes : int, optional
@@ -143,7 +144,8 @@ def create_index(
     resume : bool
         Go on with an interrupted build of the same index, re-using finished shards.
     seed : int
-        Of sampling and k-means: the same rows and seed give the same model.
+        Of sampling and k-means: the same rows, seed and executor give the same model, where the budget allows for the
+        whole training sample.
     storage_options : mapping, optional
         For a dataset given by URI or in a namespace, and for ``index_uri``; workers get them too. Credentials that
         are not in them but in the environment must be in the environment of every worker.
@@ -158,7 +160,8 @@ def create_index(
     ray_remote_args : mapping, optional
         Options of every Ray worker, such as ``{"num_cpus": 4, "memory": 8 * 2**30}``.
     task_deadline_seconds : float, optional
-        A Ray task that makes no progress for so long is taken for lost and run again, elsewhere where that can be.
+        A Ray task that makes no progress for so long, 900 by default, is taken for lost and run again, elsewhere where
+        that can be.
     namespace_impl : str, optional
         ``"dir"``, ``"rest"`` or the full name of a class: the dataset is a table of such a namespace. Workers open it
         there too, so that the credentials they are given are their own and are renewed. Beside a handle it tells the
@@ -188,6 +191,12 @@ def create_index(
     DatasetChanged
         If the handle is behind the newest version; or at the end, if hardly any row that was encoded is left as it was.
         Rows that were compacted meanwhile are followed; those added or written anew are left for `update_index`.
+    ExtraMissing, ClusterUnreachable, WorkerMismatch
+        If Ray is asked for, and is not installed, not found or without room, or has other packages on a node.
+    TaskFailed
+        If a worker failed, or was lost too often; also the cause of an error of this package that a worker raised.
+    ReadOnlyStorage, UnsafeStorage
+        If the place cannot be written, or would let two writers win, before training.
     StorageError
         If files could not be written; run again with ``resume=True``.
     """

@@ -96,7 +96,8 @@ def plan_index(dataset: LanceDataset, spec: IndexSpec, options: BuildOptions) ->
 
     Raises
     ------
-    IndexExists, InvalidArgument, UnknownColumn, InsufficientData, BudgetExceeded, ReadOnlyStorage
+    IndexExists, InvalidArgument, UnknownColumn, InsufficientData, BudgetExceeded, DatasetChanged
+    ReadOnlyStorage, UnsafeStorage
         With what was expected, found, and what to do.
     """
     pinned = PinnedDataset(dataset, options.storage_options)

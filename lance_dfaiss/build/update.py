@@ -122,7 +122,7 @@ def update_index(
     num_workers : int
         Shards encoded at the same time.
     memory_budget_bytes : int, optional
-        Per worker; by default half of the machine's memory divided by the workers.
+        Per worker; by default as for `create_index`.
     on_invalid : str
         ``"skip"`` counts and skips null, non-finite and (cosine) zero vectors, ``"error"`` refuses them.
     index_uri : str, optional
@@ -149,7 +149,7 @@ def update_index(
     DatasetChanged
         If the dataset has no such column any more, or its vectors have another dimension.
     BudgetExceeded
-        If a fragment does not fit the budget.
+        If the budget has no room for the model and 4,096 rows.
     InvalidVectors
         If ``on_invalid="error"`` met a bad row.
     CommitConflict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import cast
 
 import lance
 from lance import LanceDataset
@@ -41,7 +42,8 @@ def open_dataset(
     InvalidArgument
         If there is no dataset there, the argument is none of these, or the table is another one.
     """
-    options = None if storage_options is None else dict(storage_options)
+    # Beside a handle they are for a place that is reached through fsspec, whose backends take more than texts.
+    options = _checked(storage_options, values=not isinstance(dataset, LanceDataset))
     if isinstance(dataset, LanceDataset):
         if namespace is not None:
             _check_same(dataset, namespace, options)
@@ -72,6 +74,26 @@ def open_dataset(
             parameter="dataset",
             value=uri,
         ) from exc
+
+
+def _checked(options: object, *, values: bool) -> dict[str, str] | None:
+    """Return a copy of storage options; what they hold is not shown, as it may be credentials."""
+    if options is None:
+        return None
+    problem = ""
+    if not isinstance(options, Mapping):
+        problem = f"not {type(options).__name__}"
+    elif not all(isinstance(key, str) for key in options):
+        problem = "and a key is none"
+    elif values:
+        problem = next((f"and {k!r} is of type {type(v).__name__}" for k, v in options.items() if not isinstance(v, str)), "")
+    if problem:
+        raise InvalidArgument(
+            f"storage_options must be a mapping of str to str, {problem}",
+            parameter="storage_options",
+            value=type(options).__name__,
+        )
+    return dict(cast("Mapping[str, str]", options))
 
 
 def _open_table(namespace: Namespace, options: dict[str, str] | None, block_size: int | None = None) -> LanceDataset:

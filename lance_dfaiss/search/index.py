@@ -144,8 +144,8 @@ def open_index(
         For a dataset given by URI.
     cache_dir : str or path, optional
         A folder on this machine that keeps the index files which are read, so that opening them again, in this
-        process or another, does not ask the store. What it holds is verified like the rest; if it cannot be used,
-        that is logged and the store is read.
+        process or another, reads only the manifest from the store. What it holds is verified like the rest; if it
+        cannot be used, that is logged and the store is read.
     cache_bytes : int, optional
         What that folder may hold; 16 GiB by default. What was used longest ago makes room.
     progress : Progress, optional
