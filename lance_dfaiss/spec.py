@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf
 from numbers import Integral, Real
+from sys import float_info
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -275,7 +275,7 @@ class BuildOptions:
     def _check_ray(self) -> None:
         wait = self.task_deadline_seconds
         number = isinstance(wait, Real) and not isinstance(wait, bool)
-        if wait is not None and not (number and 0 < wait < inf):
+        if wait is not None and not (number and 0 < wait <= float_info.max):
             raise InvalidArgument(
                 f"task_deadline_seconds must be a number above 0, not {wait!r}",
                 parameter="task_deadline_seconds",

@@ -86,7 +86,8 @@ def _checked(options: object, *, values: bool) -> dict[str, str] | None:
     elif not all(isinstance(key, str) for key in options):
         problem = "and a key is none"
     elif values:
-        problem = next((f"and {k!r} is of type {type(v).__name__}" for k, v in options.items() if not isinstance(v, str)), "")
+        wrong = [key for key, value in options.items() if not isinstance(value, str)]
+        problem = f"and {wrong[0]!r} is of type {type(options[wrong[0]]).__name__}" if wrong else ""
     if problem:
         raise InvalidArgument(
             f"storage_options must be a mapping of str to str, {problem}",

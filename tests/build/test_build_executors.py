@@ -58,6 +58,7 @@ def test_an_option_for_ray_means_nothing_to_threads(options: dict[str, Any]) -> 
         {"task_deadline_seconds": -1},
         {"task_deadline_seconds": float("nan")},
         {"task_deadline_seconds": float("inf")},
+        {"task_deadline_seconds": 10**400},
         {"task_deadline_seconds": True},
         {"task_deadline_seconds": "60"},
     ],
