@@ -158,6 +158,14 @@ def plan_resolved(
             threads=working_cores(options) // options.num_workers,
             budget_bytes=budget,
         )
+        if len(tasks) < options.num_workers:
+            _log.warning(
+                "index %r: %d of %d workers will encode, as there are no more shards: num_shards asks for more, at"
+                " most one for each fragment, or part of one that the budget needs cut",
+                spec.name,
+                len(tasks),
+                options.num_workers,
+            )
     plan = BuildPlan(
         generation=str(uuid.uuid4()),
         name=spec.name,
