@@ -91,8 +91,8 @@ class ChunkCache:
     missed_bytes: int
 
     def __init__(self, folder: str | os.PathLike[str], limit_bytes: int = DEFAULT_CACHE_BYTES) -> None:
-        text = os.fspath(folder)
-        if not text or "://" in text:
+        text = os.fspath(folder) if isinstance(folder, os.PathLike) else folder
+        if not isinstance(text, str) or not text or "://" in text or "\0" in text:
             raise InvalidArgument(
                 f"cache_dir must be a folder of this machine, not {text!r}", parameter="cache_dir", value=text
             )
@@ -144,7 +144,7 @@ class ChunkCache:
 
     def has(self, digest: str) -> bool:
         """Tell whether something of that digest is here; it may be gone, or be found damaged, a moment later."""
-        return (self._folder / digest).exists()
+        return os.path.exists(self._folder / digest)  # unlike Path's own, False too where one may not look
 
     def put(self, digest: str, data: bytes) -> None:
         """Keep what was checked to have a digest, if that can be done.
@@ -239,6 +239,8 @@ class ChunkCache:
                     continue
                 with suppress(FileNotFoundError):  # deleted by another process since it was listed
                     found = entry.stat(follow_symlinks=False)
+                    if stat.S_ISDIR(found.st_mode):  # nobody's of ours, and not to be deleted as a file
+                        continue
                     if not unfinished:
                         kept.append(_Kept(found.st_mtime, found.st_size, entry.path))
                     elif time.time() - found.st_mtime > _ABANDONED_SECONDS:

@@ -220,6 +220,18 @@ def test_other_files_in_the_folder_are_left_alone(folder: Path) -> None:
     assert all(path.read_bytes() == b"x" * 10_000 for path in mine)
 
 
+def test_a_folder_under_a_name_of_ours_is_in_nobodys_way(folder: Path) -> None:
+    first, *rest = (bytes([i]) * CHUNK for i in range(5))
+    taken = folder / "lance-dfaiss-chunks-1" / hashlib.sha256(first).hexdigest()
+    taken.mkdir(parents=True)
+    os.utime(taken, (1_000, 1_000))
+    cache = ChunkCache(folder, 2 * CHUNK)
+    for data in (first, *rest):
+        cache.put(hashlib.sha256(data).hexdigest(), data)
+    assert cache.get(hashlib.sha256(rest[-1]).hexdigest(), CHUNK) == rest[-1]
+    assert taken.is_dir()
+
+
 @contextmanager
 def largest_file(limit: int) -> Iterator[None]:
     """No file of this process may grow beyond a size: like a full disk, in the middle of a write."""
@@ -246,13 +258,16 @@ def test_full_disk_is_one_warning(store: CountingStore, folder: Path, caplog: py
     assert store.asked == []
 
 
+@pytest.mark.parametrize("place", ["file/cache", "x" * 300])
 def test_folder_that_cannot_be_made_is_one_warning(
-    store: CountingStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    store: CountingStore, tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("no folder")
-    cache = ChunkCache(tmp_path / "file" / "cache", 100_000)
+    # The second is a name that the system does not even look up, as it does not look into a folder without the right.
+    cache = ChunkCache(tmp_path / place, 100_000)
     for _ in range(2):
         assert read(store, cache, ENTRY) == CONTENT
+        CachedStore(store, cache).check_length(ENTRY)
     assert [each.levelno for each in caplog.records] == [logging.WARNING]
 
 
@@ -270,6 +285,9 @@ def test_folder_is_private_unless_its_owner_made_it(folder: Path, tmp_path: Path
     [
         ({"cache_dir": "s3://bucket/cache"}, "cache_dir"),
         ({"cache_dir": ""}, "cache_dir"),
+        ({"cache_dir": "a\0b"}, "cache_dir"),
+        ({"cache_dir": 5}, "cache_dir"),
+        ({"cache_dir": b"c"}, "cache_dir"),
         ({"cache_dir": "c", "cache_bytes": 0}, "cache_bytes"),
         ({"cache_dir": "c", "cache_bytes": 1.5}, "cache_bytes"),
         ({"cache_dir": None, "cache_bytes": 5}, "cache_bytes"),
