@@ -1,9 +1,9 @@
 """The trained, empty index: one per generation, cloned by every shard.
 
-Training follows FAISS's own order (transforms, coarse quantizer, codes on what is left) with three
-changes: seeds are set everywhere, polysemous training is off (only `polysemous_ht` searches use it,
-and it is five times the cost of all the rest), and warnings about few points are left to the plan,
-which knows how many rows there are.
+Training follows FAISS's own order (transforms, coarse quantizer, codes on what is left) with a few
+changes: seeds are set everywhere, k-means ends when an iteration gains little, polysemous training is off
+(only `polysemous_ht` searches use it, and it is five times the cost of all the rest), no table for searches
+is made, and warnings about few points are left to the plan, which knows how many rows there are.
 """
 
 from __future__ import annotations
@@ -502,7 +502,7 @@ def check_trainable(spec: ResolvedSpec, rows: int, *, lists: bool = True, codes:
 
 def _untrained(spec: ResolvedSpec) -> Any:
     base = empty_index(spec.factory, spec.dim, spec.metric)
-    _set_seeds(base, spec)
+    _set_parameters(base, spec)
     return base
 
 
@@ -517,7 +517,7 @@ def _finished(spec: ResolvedSpec, base: Any, refine: Any | None, error_rows: Flo
     return Model(spec, base, refine, trained.fingerprint, trained.coarse_error(error_rows))
 
 
-def _set_seeds(base: Any, spec: ResolvedSpec) -> None:
+def _set_parameters(base: Any, spec: ResolvedSpec) -> None:
     for transform in _transforms(base):
         if isinstance(transform, faiss.OPQMatrix):
             transform.niter = _OPQ_ITERATIONS
