@@ -357,6 +357,7 @@ def plan_tasks(
     num_shards: int | None,
     budget_bytes: int,
     split: bool = False,
+    workers: int = 1,
 ) -> tuple[ShardTask, ...]:
     """Divide fragments into shards of neighbours with about equal rows.
 
@@ -367,11 +368,14 @@ def plan_tasks(
     cost : RowCost
         Of the index.
     num_shards : int or None
-        Shards wanted (at most one per fragment, or part of one, is made); None for as few as the budget allows.
+        Shards wanted (at most one per fragment, or part of one, is made); None for as few as budget and workers allow.
     budget_bytes : int
         Memory per worker.
     split : bool
         Cut a fragment that does not fit the budget into equal parts that do.
+    workers : int
+        Give each of so many a shard, where the number of shards is open, and shards are merged before they are
+        searched: graphs are not, and each one more costs every search.
 
     Returns
     -------
@@ -390,7 +394,8 @@ def plan_tasks(
         groups = _divide(rows, min(num_shards, len(rows)))
     else:
         fitting = max(fitting, 1)
-        count = min(max(-(-sum(rows) // fitting), 1), len(rows))
+        least = 1 if cost.family == "hnsw" else workers
+        count = min(max(-(-sum(rows) // fitting), least), len(rows))
         groups = _divide(rows, count)
         while count < len(rows) and any(sum(rows[a:b]) > fitting for a, b in groups):
             count = min(count + max(count // 8, 1), len(rows))

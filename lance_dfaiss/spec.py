@@ -205,7 +205,7 @@ class BuildOptions:
     resume : bool
         Go on with an unfinished build of the same index over the same rows, if there is one.
     num_shards : int or None
-        Shards to write; None for as few as the memory budget allows.
+        Shards to write; None for as few as the memory budget allows, and on Ray at least one for each worker.
     num_workers : int
         Tasks that run at the same time.
     memory_budget_bytes : int or None

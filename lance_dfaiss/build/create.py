@@ -129,7 +129,7 @@ def create_index(
         Finer codes to re-rank with: ``"sq8"``, ``"fp16"``, ``"flat"``, None, or ``"auto"``.
     num_shards, num_segments : int, optional
         Shards to write (two names for one thing), at most one for each fragment, or part of one that the budget needs
-        cut; by default as few as the budget allows.
+        cut; by default as few as the budget allows, on Ray (but of HNSW types) at least one for each worker.
     num_workers : int
         Shards encoded at the same time: threads of this process, or workers of a Ray cluster.
     memory_budget_bytes : int, optional

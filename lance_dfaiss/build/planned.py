@@ -145,7 +145,14 @@ def plan_resolved(
     budget, on_ray = worker_budget_bytes(options), uses_ray(options)
     engine.check_trainable(resolved, rows)
     cost = engine.footprint(resolved.factory, column.dim, resolved.metric, resolved.refine)
-    tasks = plan_tasks(states, cost, num_shards=options.num_shards, budget_bytes=budget, split=True)
+    tasks = plan_tasks(
+        states,
+        cost,
+        num_shards=options.num_shards,
+        budget_bytes=budget,
+        split=True,
+        workers=options.num_workers if on_ray else 1,
+    )
     # On Ray the sample is spread over the workers.
     holders = options.num_workers if on_ray else 1
     sample = sample_rows(resolved, rows=rows, budget_bytes=budget * holders)

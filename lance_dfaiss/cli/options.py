@@ -304,7 +304,10 @@ class BuildFlags:
     sample_rate: Annotated[int, option("--sample-rate", "Training rows per IVF list.", panel=_WHAT)] = 256
     seed: Annotated[int, option("--seed", "Of sampling and k-means.", panel=_WHAT)] = 1234
     num_shards: Annotated[
-        int | None, option("--num-shards", "Shards to write; as few as memory allows if left out.", panel=_HOW)
+        int | None,
+        option(
+            "--num-shards", "Shards to write; if left out as few as memory allows, on Ray one a worker.", panel=_HOW
+        ),
     ] = None
     num_workers: WorkersOption = 1
     memory_budget: BudgetOption = None

@@ -161,16 +161,18 @@ def test_budget_for_nothing_is_refused_as_before(tmp_path: Path) -> None:
 
 def test_workers_that_will_have_no_shard_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset = write(tmp_path / "d.lance")
-    spec = lance_dfaiss.IndexSpec(name="x", column="vec", index_type="FLAT")
 
-    def shards(num_shards: int | None, budget_bytes: int) -> int:
+    def shards(num_shards: int | None, budget_bytes: int, index_type: Any = "FLAT") -> int:
         caplog.clear()
+        spec = lance_dfaiss.IndexSpec(name="x", column="vec", index_type=index_type)
         options = lance_dfaiss.BuildOptions(
             executor="ray", num_workers=4, num_shards=num_shards, memory_budget_bytes=budget_bytes
         )
         return len(lance_dfaiss.plan_index(dataset, spec, options).plan.tasks)
 
-    assert shards(None, budget("Flat", rows=100_000)) == 1
+    assert shards(None, budget("Flat", rows=100_000)) == 2, "one for each worker, as far as there are fragments"
+    assert "2 of 4 workers will encode" in caplog.text
+    assert shards(None, 2**30, "HNSW_FLAT") == 1, "graphs are searched one after the other"
     assert "1 of 4 workers will encode" in caplog.text
     assert shards(8, budget("Flat", rows=100_000)) == 2, "what fits is not cut"
     assert "2 of 4 workers will encode" in caplog.text
