@@ -70,7 +70,7 @@ def open_dataset(
     except ValueError as exc:
         raise InvalidArgument(
             f"cannot open a Lance dataset at {uri!r}: {first_line(exc)}",
-            remedy="Check the path, and storage_options for an object store",
+            remedy="Check the path; for an object store also credentials and endpoint: storage_options, environment",
             parameter="dataset",
             value=uri,
         ) from exc

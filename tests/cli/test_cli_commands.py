@@ -317,7 +317,11 @@ def test_wrong_vector_files(content: Any, row: str, says: str, indexed: str, tmp
 @pytest.mark.parametrize(
     ("arguments", "says", "remedy"),
     [
-        (["list", "nowhere.lance"], "cannot open a Lance dataset at 'nowhere.lance'", "--storage-option"),
+        (
+            ["list", "nowhere.lance"],
+            "cannot open a Lance dataset at 'nowhere.lance'",
+            "endpoint: --storage-option",
+        ),
         (["build", "D", "nope"], "no column 'nope'", "It has id, word, vector"),
         (["build", "D", "word", "--name", "w"], "word", ""),
         (["search", "D", "--index", "nope", "--like-row", "1"], "there is no index 'nope'", "It has 'vector_idx'"),
