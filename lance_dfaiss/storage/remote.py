@@ -329,7 +329,8 @@ def file_system(url: str, storage_options: Mapping[str, str] | None) -> tuple[An
     refuse_chained(url)
     try:
         found: tuple[Any, str] = url_to_fs(url, **for_fsspec(url.partition("://")[0], storage_options or {}))
-    except (ImportError, ValueError) as exc:
+        _look_at_settings(found[0])
+    except (ImportError, ValueError, TypeError, AttributeError) as exc:
         where = public_url(url)
         raise InvalidArgument(
             f"{where} cannot be opened ({without_credentials(str(exc))})",
@@ -338,6 +339,24 @@ def file_system(url: str, storage_options: Mapping[str, str] | None) -> tuple[An
             value=where,
         ) from exc
     return found
+
+
+def _look_at_settings(fs: Any) -> None:
+    """Have s3fs make its client, which asks nothing of the store: it looks at settings no sooner than it needs it.
+
+    Raises
+    ------
+    ValueError, TypeError, AttributeError
+        If a setting is unknown, or of another kind.
+    """
+    if not hasattr(fs, "set_session"):
+        return
+    try:
+        fs.connect()
+    except (ValueError, TypeError, AttributeError):
+        raise
+    except Exception as exc:
+        _log.debug("%s: %s", type(fs).__name__, exc)  # for the first call to raise, and to try again
 
 
 def refuse_chained(url: str) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
+from lance_dfaiss.errors import InvalidArgument
+from lance_dfaiss.storage import open_store
 from lance_dfaiss.storage.dialects import for_fsspec, for_object_store, known_settings
 
 S3 = {
@@ -101,3 +104,20 @@ def test_obstore_takes_every_setting() -> None:
     config, client = for_object_store("azure", azure)
     assert len(config) == len(azure)
     stores.from_url("az://container/x", config=config, client_options=client)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"endpoint": "host:9000"},
+        {"regoin": "x"},
+        {"client_kwargs": "x"},
+        {"config_kwargs": {"x": 1}},
+        {"max_concurrency": "x"},
+    ],
+)
+def test_settings_that_the_backend_refuses(wrong: dict[str, Any]) -> None:
+    # It looks at them when it is first used: by then an index may have been trained.
+    options = {"access_key_id": "id", "secret_access_key": "secret", "region": "eu-west-1"}
+    with pytest.raises(InvalidArgument, match=r"^s3://bucket/indexes cannot be opened"):
+        open_store("s3://bucket/indexes", {**options, **wrong})
