@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
@@ -226,12 +227,17 @@ def _build_with_a_blow_to_a_part(
     send, calls = RayParts._send, []
 
     def watched(self: Any, call: Any, *rest: Any) -> None:
-        send(self, call, *rest)
         calls.extend([call] if call.method == METHODS[blow.phase] else [])
         # k-means calls each part several times, the codes once, and the model is put together by one call.
-        if len(calls) == min(blow.number, {"lists": 6, "codes": 2, "assemble": 1}[blow.phase]) and not gone:
-            hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in self._ray.nodes()}
-            gone.append(blow.strike(pair, int(call.host.worker.rpartition(" ")[2]), hosts[call.host.node]))
+        if len(calls) < min(blow.number, {"lists": 6, "codes": 2, "assemble": 1}[blow.phase]) or gone:
+            send(self, call, *rest)
+            return
+        host = self._hosts[call.index]
+        pid = int(host.worker.rpartition(" ")[2])
+        os.kill(pid, signal.SIGSTOP)  # or it may have answered before it is killed
+        send(self, call, *rest)
+        hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in self._ray.nodes()}
+        gone.append(blow.strike(pair, pid, hosts[host.node]))
 
     with monkeypatch.context() as patch:
         patch.setattr(RayParts, "_send", watched)
