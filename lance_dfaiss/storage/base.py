@@ -217,6 +217,10 @@ def probe_errors(location: str) -> Iterator[None]:
         raise (failure if isinstance(failure, StorageFull) else read_only(location, exc)) from exc
 
 
+# Not what one does about a store that is busy: such a call was made again for a minute before it failed.
+_REACH_REMEDY: Final = "Check endpoint, credentials and their rights, in storage_options or the environment"
+
+
 def translated(location: str, exc: BaseException, *, writing: bool) -> DfaissError:
     """Return the error to raise for a failure of the operating system or of a backend."""
     where = without_credentials(location)
@@ -234,7 +238,7 @@ def translated(location: str, exc: BaseException, *, writing: bool) -> DfaissErr
         return read_only(where, exc)
     if not writing and (isinstance(exc, FileNotFoundError) or code == errno.ENOENT):
         return missing_file(where)
-    remedy = ""
+    remedy = _REACH_REMEDY if "://" in where else ""
     if isinstance(exc, FileNotFoundError):  # to be written to, so it is what it lies in that is gone
         remedy = "Check that the bucket, container or folder is there and was not deleted"
     return StorageError(

@@ -332,9 +332,12 @@ def file_system(url: str, storage_options: Mapping[str, str] | None) -> tuple[An
         _look_at_settings(found[0])
     except (ImportError, ValueError, TypeError, AttributeError) as exc:
         where = public_url(url)
+        extra = FAMILIES.get(url.partition("://")[0])
         raise InvalidArgument(
             f"{where} cannot be opened ({without_credentials(str(exc))})",
-            remedy="Install the fsspec backend of this protocol, or correct the URL or storage_options",
+            remedy=f"Install its backend: pip install 'lance-dfaiss[{extra}]'"
+            if isinstance(exc, ImportError) and extra in ("s3", "azure")
+            else "Install the fsspec backend of this protocol, or correct the URL or storage_options",
             parameter="url",
             value=where,
         ) from exc

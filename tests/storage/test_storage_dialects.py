@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -121,3 +123,18 @@ def test_settings_that_the_backend_refuses(wrong: dict[str, Any]) -> None:
     options = {"access_key_id": "id", "secret_access_key": "secret", "region": "eu-west-1"}
     with pytest.raises(InvalidArgument, match=r"^s3://bucket/indexes cannot be opened"):
         open_store("s3://bucket/indexes", {**options, **wrong})
+
+
+def test_a_backend_that_is_missing_is_named_with_its_extra() -> None:
+    code = """
+import sys
+sys.modules["s3fs"] = None
+from lance_dfaiss.errors import InvalidArgument
+from lance_dfaiss.storage import open_store
+try:
+    open_store("s3://bucket/indexes")
+except InvalidArgument as exc:
+    print(exc)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "pip install 'lance-dfaiss[s3]'" in done.stdout
