@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..engine import limit_threads
 from ..errors import DfaissError
-from ..machine import forget_peak, give_back_freed, peak_bytes
+from ..machine import forget_peak, give_back_freed, keep_freed, peak_bytes
 from .runner import Recipe, TaskStopped
 
 __all__ = ["LOAD", "Answer", "Beat", "Board", "Kept", "PackedCall", "PartHost", "carry_out"]
@@ -334,7 +334,6 @@ class PartHost:
     def __init__(self, board: Any, name: str, threads: int, orphan_seconds: float) -> None:
         # An actor without concurrency makes all calls in the thread that made it.
         limit_threads(threads)
-        give_back_freed()
         self._reporter = _Reporter(board, name, "", orphan_seconds)
         self._reporter.attach(_Exit())
         self._reporter.__enter__()
@@ -362,7 +361,9 @@ class PartHost:
         """
         args = common.open(kept[:common_kept]) + own.open(kept[common_kept:])
         if method == LOAD:
+            give_back_freed()
             self._part = args[0](*args[1:])
+            keep_freed()  # it was read in pieces of all sizes; from now on the same blocks are computed with
             return None, None
         return getattr(self._part, method)(*args), None
 
