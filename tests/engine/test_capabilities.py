@@ -22,6 +22,7 @@ from lance_dfaiss.engine import (
     prepare,
     save_shard,
     split_factory,
+    table_bytes,
     train_model,
     validate_factory,
 )
@@ -134,7 +135,9 @@ def test_merged_shards_equal_one_index(kind: str, factory: str, metric: Metric) 
             expected = one.search(queries[:count], 10, mask=mask, **widths)
             found = merged.search(queries[:count], 10, mask=mask, **widths)
             np.testing.assert_array_equal(found[1], expected[1])
-            np.testing.assert_array_equal(found[0], expected[0])
+            # With the table that what is merged for searches has the same sums are made in another order.
+            table = table_bytes(factory, queries.shape[1], metric)
+            np.testing.assert_allclose(found[0], expected[0], rtol=1e-5 if table else 0)
 
 
 @pytest.mark.parametrize("refine", ["sq8", "fp16", "flat"])

@@ -26,6 +26,7 @@ from lance_dfaiss.engine import (
     rearrange,
     save_shard,
     split_factory,
+    table_bytes,
     train_model,
 )
 from lance_dfaiss.errors import InvalidArgument
@@ -181,7 +182,9 @@ def test_loaded_shards_are_moved_saved_and_moved_again(factory: str, refine: Ref
     found = merged.search(vectors[:9], 5, nprobe=100, ef=1, k_factor=200, mask=mask)
     wanted = expected.search(vectors[:9], 5, nprobe=100, ef=1, k_factor=200, mask=mask)
     np.testing.assert_array_equal(found[1], wanted[1])
-    np.testing.assert_array_equal(found[0], wanted[0])
+    # With the table that what is merged for searches has the same sums are made in another order.
+    table = table_bytes(factory, model.spec.dim, "l2")
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5 if table else 0)
     # Back to where they were.
     back = np.argsort(new, kind="stable")
     order = np.empty_like(back)
