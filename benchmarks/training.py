@@ -112,8 +112,8 @@ def _trained_by_lance(corpus: Corpus, partitions: int, sub_vectors: int) -> tupl
     started = time.perf_counter()
     builder = IndicesBuilder(corpus.open(), COLUMN)
     # Lance wants as many rows as it asks for: tiny sets have fewer.
-    sample_rate = min(256, len(corpus.vectors) // 256)
-    lists = builder.train_ivf(num_partitions=partitions, distance_type="l2", sample_rate=256)
+    sample_rate = min(256, len(corpus.vectors) // max(partitions, 256))
+    lists = builder.train_ivf(num_partitions=partitions, distance_type="l2", sample_rate=sample_rate)
     codes = builder.train_pq(lists, num_subvectors=sub_vectors, num_bits=8, sample_rate=sample_rate)
     seconds = time.perf_counter() - started
     dim = corpus.vectors.shape[1]
