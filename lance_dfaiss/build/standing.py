@@ -237,9 +237,9 @@ def removal_told(plan: BuildPlan, pinned: PinnedDataset, column: VectorColumn) -
         if not gone:
             raise
         raise DatasetChanged(
-            f"version {pinned.version} of {pinned.uri} was cleaned up while an index was built over it, and the"
-            f" newest version does not have its fragments {_named(gone)} any more",
-            remedy="Run create_index again; clean up only versions that are older than a build takes",
+            f"version {pinned.version} of {pinned.uri} was cleaned up while its rows were being indexed, and the newest"
+            f" version does not have its fragments {_named(gone)} any more",
+            remedy="Run it again on the newest version; clean up only versions that are older than a run takes",
             fragments=tuple(gone),
         ) from failure
 

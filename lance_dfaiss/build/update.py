@@ -27,6 +27,7 @@ from .current import CurrentIndex, open_current
 from .encode import EncodeJob
 from .executors import namespace_asked, open_runner, store_place, worker_budget_bytes
 from .lease import Lease
+from .standing import removal_told
 from .train import HeldOut, TrainedModel
 from .unfinished import remove_unfinished
 
@@ -147,7 +148,8 @@ def update_index(
     IndexNotFound, CorruptIndex, UntrustedLocation
         As `open_index` does.
     DatasetChanged
-        If the dataset has no such column any more, or its vectors have another dimension.
+        If the dataset has no such column any more, or its vectors have another dimension; or if the version that is
+        read is compacted away and cleaned up meanwhile.
     BudgetExceeded
         If the budget has no room for the model and 4,096 rows.
     InvalidVectors
@@ -303,6 +305,11 @@ def encode_fragments(
         Workers, invalid vectors, listener.
     offsets : mapping of int to numpy.ndarray
         int64 offsets of the rows of fragments that are not encoded whole.
+
+    Raises
+    ------
+    DatasetChanged
+        If the version was cleaned up meanwhile, and fragments of the tasks went with it.
     """
     if not tasks:
         return []
@@ -328,7 +335,7 @@ def encode_fragments(
         meter=meter,
         offsets=offsets,
     )
-    with open_runner(options) as runner:
+    with removal_told(plan, current.pinned, job.column), open_runner(options) as runner:
         records = sorted(runner.run(job, tasks), key=lambda record: record.ordinal)
     meter.finish()
     return records

@@ -287,6 +287,21 @@ def test_a_version_that_is_cleaned_up_while_it_is_read(dataset: lance.LanceDatas
     assert not list(Path(dataset.uri, "_dfaiss").rglob("model-*")), "nobody can go on with it"
 
 
+def test_a_version_that_is_cleaned_up_while_an_update_reads_it(dataset: lance.LanceDataset) -> None:
+    create_index(dataset, "vec", **BUILD)
+    generations = set(Path(dataset.uri, "_dfaiss").iterdir())
+    dataset.insert(rows(400, clustered(40, DIM, 2)), mode="append")
+    meanwhile = Meanwhile(lambda: cut_off(dataset), "encode")
+    with pytest.raises(DatasetChanged, match=r"version 4 .* was cleaned up while .* its fragments 8 any") as caught:
+        lance_dfaiss.update_index(dataset, progress=meanwhile)
+    assert caught.value.fragments == (8,)
+    assert caught.value.remedy.startswith("Run it again")
+    assert set(Path(dataset.uri, "_dfaiss").iterdir()) == generations
+    lance_dfaiss.update_index(dataset)
+    assert standing(dataset)[4] == 0
+    assert_true(dataset)
+
+
 def test_parts_of_fragments_are_followed(tmp_path: Path) -> None:
     dim, count = 4, 14_000
     vectors = clustered(count, dim, 11)
