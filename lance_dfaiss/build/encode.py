@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from ..engine import Mask, Segment, ShardEncoder, prepare, save_shard
 from ..errors import DatasetChanged, InvalidVectors
 from ..lance_io import Block, DatasetPlace, PinnedDataset, VectorColumn
-from ..manifest import BuildPlan, Cover, FragmentCover, RunTable, ShardRecord, ShardTask, SkipCounts, encode
+from ..manifest import BuildPlan, Cover, FragmentCover, ShardRecord, ShardTask, SkipCounts, encode
 from ..storage import Store, StorePlace
 from ..types import Float32Array, Int64Array, OnInvalid
 from .ahead import read_ahead
 from .check import RECALL_K, ExactScorer, ShardCheck, arrays_of, check_widths, k_factors
+from .rowbook import RowBook
 from .runner import TaskStopped
-from .tables import constant_runs, false_runs, id_runs, join_constant_runs, join_id_runs
 from .train import TrainedModel, load_trained, save_arrays
 
 __all__ = ["Counter", "EncodeJob", "EncodeRecipe", "write_shard"]
@@ -113,7 +113,7 @@ class EncodeJob:
             If a fragment holds other rows than the plan says.
         """
         encoder = ShardEncoder(self.trained.model, task.physical_rows)
-        rows = _RowBook(task, stable=self.pinned.stable_row_ids)
+        rows = _StreamedRows(task, stable=self.pinned.stable_row_ids)
         scorer = self._scorer(task)
         for positions, vectors in read_ahead(self._usable(self._blocks(task), rows), self.column.dim):
             prepare(vectors, self.plan.spec.metric)
@@ -142,7 +142,7 @@ class EncodeJob:
                 yield from blocks
 
     def _usable(
-        self, blocks: Generator[Block, None, None], rows: _RowBook
+        self, blocks: Generator[Block, None, None], rows: _StreamedRows
     ) -> Generator[tuple[Int64Array, Float32Array], None, None]:
         """Book every block's rows, and pass on the usable ones."""
         with closing(blocks):
@@ -165,7 +165,7 @@ class EncodeJob:
             own_positions=np.array(own, dtype=np.int64).reshape(len(own)),
         )
 
-    def _check(self, encoder: ShardEncoder, scorer: ExactScorer, rows: _RowBook) -> ShardCheck:
+    def _check(self, encoder: ShardEncoder, scorer: ExactScorer, rows: _StreamedRows) -> ShardCheck:
         segment = Segment.of_encoder(encoder)
         family = segment.capability.family
         mask = None
@@ -183,7 +183,9 @@ class EncodeJob:
             np.stack([stage.final_distances for stage in stages]),
         )
 
-    def _write(self, task: ShardTask, encoder: ShardEncoder, rows: _RowBook, check: ShardCheck | None) -> ShardRecord:
+    def _write(
+        self, task: ShardTask, encoder: ShardEncoder, rows: _StreamedRows, check: ShardCheck | None
+    ) -> ShardRecord:
         record = write_shard(
             encoder,
             self.store,
@@ -337,18 +339,12 @@ def _position(cover: FragmentCover, offset: int) -> int:
     return cover.first_position + within if 0 <= within < cover.positions else -1
 
 
-class _RowBook:
-    """Keeps account of a shard's positions while its rows stream by."""
+class _StreamedRows(RowBook):
+    """The account of a shard whose rows stream by."""
 
     def __init__(self, task: ShardTask, *, stable: bool) -> None:
-        self._task = task
+        super().__init__(task, stable=stable)
         self._covers = {cover.fragment_id: cover for cover in task.fragments}
-        self._stable = stable
-        self._runs: list[NDArray[np.uint64]] = []
-        self._updated: list[NDArray[np.uint64]] = []
-        self._live: NDArray[np.bool_] = np.zeros(task.physical_rows, dtype=bool)
-        self._null = self._non_finite = self._zero = 0
-        self.indexed: NDArray[np.bool_] = np.zeros(task.physical_rows, dtype=bool)
 
     def book(self, block: Block) -> Int64Array:
         """Enter a block; return the positions of its usable rows."""
@@ -361,35 +357,14 @@ class _RowBook:
                 remedy="Start the build again",
                 fragments=(block.fragment_id,),
             )
-        self._live[block.row_offsets + first] = True
-        self._null += block.null
-        self._non_finite += block.non_finite
-        self._zero += block.zero
-        if self._stable:
-            self._runs.append(id_runs(block.row_offsets + first, block.row_ids))
-        if self._stable and block.updated is not None:
-            self._updated.append(constant_runs(block.row_offsets + first, block.updated))
+        self.covered[block.row_offsets + first] = True
+        self.null += block.null
+        self.non_finite += block.non_finite
+        self.zero += block.zero
+        if self.stable:
+            self.add_ids(block.row_offsets + first, block.row_ids)
+        if self.stable and block.updated is not None:
+            self.add_versions(block.row_offsets + first, block.updated)
         positions = block.offsets + first
         self.indexed[positions] = True
         return positions
-
-    def skipped(self) -> SkipCounts:
-        """Return rows without an entry, by reason."""
-        return SkipCounts(
-            deleted=self._task.physical_rows - int(np.count_nonzero(self._live)),
-            null=self._null,
-            non_finite=self._non_finite,
-            zero=self._zero,
-        )
-
-    def cover(self) -> Cover:
-        """Return what the shard covers."""
-        return Cover(
-            physical_rows=self._task.physical_rows,
-            fragments=self._task.fragments,
-            row_ids=RunTable.of(join_id_runs(self._runs)) if self._stable else None,
-            skipped=RunTable.of(false_runs(self.indexed)),
-            deleted=RunTable.of(false_runs(self._live)),
-            remap=None,
-            updated=RunTable.of(join_constant_runs(self._updated)) if self._stable else None,
-        )

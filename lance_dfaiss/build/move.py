@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import engine
-from ..manifest import Cover, RunTable, ShardRecord, ShardTask, SkipCounts
+from ..manifest import Cover, ShardRecord, ShardTask
 from ..progress import PhaseMeter
 from ..search.places import Places, RunMap
 from ..storage import Store
 from ..types import Int64Array
 from .encode import write_shard
+from .rowbook import RowBook
 from .runner import TaskStopped
-from .tables import constant_runs, false_runs, id_runs, join_constant_runs, join_id_runs
 
 __all__ = ["MoveJob", "Source", "places_within"]
 
@@ -115,20 +115,14 @@ class MoveJob:
                 self.meter.add(moved, sum(part.length_bytes for part in (record.index, record.refine) if part))
 
 
-class _MovedRows:
-    """Keeps account of a new shard's positions while rows are moved to them."""
+class _MovedRows(RowBook):
+    """The account of a new shard to which rows of others are moved."""
 
     def __init__(self, task: ShardTask, *, stable: bool) -> None:
-        self._task = task
+        super().__init__(task, stable=stable)
         order = np.argsort(np.array(task.fragment_ids, dtype=np.int64))
         self._ids = np.array(task.fragment_ids, dtype=np.int64)[order]
         self._firsts = np.array([f.first_position for f in task.fragments], dtype=np.int64)[order]
-        self._covered = np.zeros(task.physical_rows, dtype=bool)
-        self._indexed = np.zeros(task.physical_rows, dtype=bool)
-        self._stable = stable
-        self._row_ids: list[NDArray[np.uint64]] = []
-        self._updated: list[NDArray[np.uint64]] = []
-        self._null = self._non_finite = self._zero = 0
         self._errors: list[tuple[float, int]] = []
 
     def book(
@@ -156,13 +150,13 @@ class _MovedRows:
             int64 ``(positions of the source,)``: where each one's entry goes, -1 for nowhere.
         """
         new = self._firsts[np.searchsorted(self._ids, fragment_ids)] + offsets
-        self._covered[new] = True
-        self._indexed[new[entries]] = True
+        self.covered[new] = True
+        self.indexed[new[entries]] = True
         self._count(record, int(np.count_nonzero(~entries)))
         if record.training_error is not None:
             self._errors.append((record.training_error, int(np.count_nonzero(entries))))
-        if self._stable:
-            self._name(record.cover, old, new)
+        if self.stable:
+            self._carry(record.cover, old, new)
         targets = np.full(record.cover.physical_rows, -1, dtype=np.int64)
         targets[old[entries]] = new[entries]
         return targets
@@ -171,48 +165,27 @@ class _MovedRows:
         """Count rows without an entry; of several reasons, the record does not say which row has which."""
         null = min(rows, record.skipped.null)
         non_finite = min(rows - null, record.skipped.non_finite)
-        self._null += null
-        self._non_finite += non_finite
-        self._zero += rows - null - non_finite
+        self.null += null
+        self.non_finite += non_finite
+        self.zero += rows - null - non_finite
 
-    def _name(self, cover: Cover, old: Int64Array, new: Int64Array) -> None:
+    def _carry(self, cover: Cover, old: Int64Array, new: Int64Array) -> None:
         """Carry row ids, and the versions that wrote the rows, over to the new positions."""
         if cover.row_ids is not None:
             runs = cover.row_ids.rows
             ids = RunMap(runs[:, 0].astype(np.int64), runs[:, 1].copy(), runs[:, 2].astype(np.int64)).numbers(old)
-            self._row_ids.append(id_runs(new, ids))
+            self.add_ids(new, ids)
         if cover.updated is not None and len(cover.updated):
             starts, values, lengths = cover.updated.rows.astype(np.int64).T
             at = np.maximum(np.searchsorted(starts, old, side="right") - 1, 0)
             known = (old >= starts[at]) & (old < starts[at] + lengths[at])
-            self._updated.append(constant_runs(new[known], values[at[known]].astype(np.uint64)))
+            self.add_versions(new[known], values[at[known]].astype(np.uint64))
 
     @property
     def training_error(self) -> float | None:
         """Mean of the sources', by the rows that each gave."""
         rows = sum(count for _, count in self._errors)
         return sum(error * count for error, count in self._errors) / rows if rows else None
-
-    def skipped(self) -> SkipCounts:
-        """Return rows without an entry, by reason."""
-        return SkipCounts(
-            deleted=self._task.physical_rows - int(np.count_nonzero(self._covered)),
-            null=self._null,
-            non_finite=self._non_finite,
-            zero=self._zero,
-        )
-
-    def cover(self) -> Cover:
-        """Return what the shard covers."""
-        return Cover(
-            physical_rows=self._task.physical_rows,
-            fragments=self._task.fragments,
-            row_ids=RunTable.of(join_id_runs(_sorted(self._row_ids))) if self._stable else None,
-            skipped=RunTable.of(false_runs(self._indexed)),
-            deleted=RunTable.of(false_runs(self._covered)),
-            remap=None,
-            updated=RunTable.of(join_constant_runs(_sorted(self._updated))) if self._stable else None,
-        )
 
 
 def places_within(places: Places, first: int, end: int) -> Places:
@@ -222,9 +195,3 @@ def places_within(places: Places, first: int, end: int) -> Places:
     inside = starts < ends
     ahead = (starts - places.positions)[inside]
     return Places(starts[inside], places.fragment_ids[inside], places.offsets[inside] + ahead, (ends - starts)[inside])
-
-
-def _sorted(parts: Sequence[NDArray[np.uint64]]) -> list[NDArray[np.uint64]]:
-    """Order the runs of several sources by position; no two of them overlap."""
-    runs = np.concatenate([np.empty((0, 3), dtype=np.uint64), *parts])
-    return [runs[np.argsort(runs[:, 0], kind="stable")]]
