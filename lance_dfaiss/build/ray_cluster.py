@@ -36,6 +36,7 @@ __all__ = [
     "mismatch",
     "only_cores_lack",
     "tells_of_growth",
+    "too_small",
     "trace_of",
 ]
 
@@ -163,6 +164,13 @@ class RayCluster:
                 .remote()
             )
             self._look_at_nodes()
+            lacking = too_small(_wanted(self.options), [node for node in self.ray.nodes() if node["Alive"]])
+            if lacking is not None:
+                _log.warning(
+                    "%s. Waiting %.0f s in case one joins; else ask for less with ray_remote_args, or add one",
+                    lacking,
+                    self.rules.start_seconds,
+                )
             self._await_board()
             self._task = self.ray.remote(_mobile_task(_COMPARED, self.versions))
             self._part = self.ray.remote(_mobile_part(_COMPARED, self.versions))
@@ -564,6 +572,25 @@ def only_cores_lack(wanted: Mapping[str, float], free: Iterable[Mapping[str, flo
 
 def _fits(wanted: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> bool:
     return any(all(node.get(name, 0.0) >= count for name, count in wanted.items()) for node in nodes)
+
+
+def too_small(wanted: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return what to say of nodes of which none is large enough for a worker; None if one is.
+
+    Parameters
+    ----------
+    wanted : mapping of str to float
+        What it takes.
+    nodes : sequence of mapping
+        Ray's descriptions of them.
+    """
+    if _fits(wanted, [node["Resources"] for node in nodes]):
+        return None
+    said = f"no node of the Ray cluster is large enough for a worker of {_amounts(wanted)}"
+    if not nodes:
+        return f"{said}: there is no node"
+    nearest = max(nodes, key=lambda node: min(node["Resources"].get(name, 0.0) / wanted[name] for name in wanted))
+    return f"{said}; the largest, {_name(nearest)}, has {_amounts(nearest['Resources'])}"
 
 
 def tells_of_growth(version: str, status: bytes | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -237,8 +238,10 @@ def test_workers_get_what_was_asked_for() -> None:
 
 
 @pytest.mark.usefixtures("rig")
-def test_a_task_larger_than_every_node_is_refused() -> None:
+def test_a_task_larger_than_every_node_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     with RayRunner(2, remote_args={"num_cpus": 64}) as runner:
+        # Said as soon as it is known, not when the time for nodes to join is over.
+        assert re.search(r"large enough for a worker of 64 CPU; the largest, .* has 2 CPU.* Waiting 300 s", caplog.text)
         # Not earlier: a busy machine needs its time to connect.
         runner.cluster.rules = AttemptRules(start_seconds=1)
         with pytest.raises(ClusterUnreachable, match=r"room for a worker of 64 CPU: .* 2 CPU"):
