@@ -14,6 +14,7 @@ from ..engine import limit_threads
 from ..errors import DfaissError, TaskFailed
 from ..machine import usable_cores
 from ..manifest import ShardTask
+from ..progress import PhaseMeter
 
 __all__ = ["LocalRunner", "LocalWork", "Recipe", "Runner", "TaskStopped", "Work", "task_failed"]
 
@@ -76,7 +77,8 @@ class Runner(Protocol):
         DfaissError
             The first error of this package that a task raised; tasks not yet begun are dropped.
         TaskFailed
-            If a task raised anything else: fragments, worker, cause and traceback.
+            If a task raised anything else: fragments, worker, cause and traceback. What the caller's listener raises
+            comes as it is.
         """
 
 
@@ -125,9 +127,17 @@ def _attempt(work: LocalWork[R], task: ShardTask, *, worker: str) -> R:
     except (DfaissError, TaskStopped):
         raise
     except Exception as exc:
+        if _is_the_listeners(exc):
+            raise
         raise task_failed(
             task, f"failed on {worker}: {type(exc).__name__}: {exc}", worker=worker, trace=traceback.format_exc()
         ) from exc
+
+
+def _is_the_listeners(exc: Exception) -> bool:
+    """Tell whether an error comes from the caller's listener, which a task tells of its progress in its own thread."""
+    # A meter does nothing else that could fail.
+    return any(frame.f_code is PhaseMeter.add.__code__ for frame, _line in traceback.walk_tb(exc.__traceback__))
 
 
 def task_failed(task: ShardTask, what: str, *, worker: str, trace: str, remedy: str = "") -> TaskFailed:

@@ -42,6 +42,28 @@ def _interrupt() -> None:
     raise KeyboardInterrupt
 
 
+class _Enough(Exception):
+    """What a caller raises."""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("phase", ["train", "encode", "check", "commit"])
+def test_what_the_listener_raises_comes_out_as_it_is(tmp_path: Path, phase: str, workers: int) -> None:
+    dataset = make_dataset(tmp_path / "d", clustered(400, DIM, 1), rows_per_fragment=100)
+    mine = _Enough("seen enough")
+
+    def refuse() -> None:
+        raise mine
+
+    listener = Until(phase, 1 if phase == "encode" else 0, refuse)
+    with pytest.raises(_Enough) as caught:
+        lance_dfaiss.create_index(
+            dataset, "vec", "IVF_FLAT", num_partitions=2, num_shards=4, num_workers=workers, progress=listener
+        )
+    assert caught.value is mine
+    assert lance_dfaiss.list_indices(dataset) == []
+
+
 def _restore(path: Path, version: int) -> None:
     lance.dataset(str(path)).checkout_version(version).restore()  # type: ignore[no-untyped-call]
 
