@@ -19,6 +19,7 @@ from .spec import IndexSpec, ResolvedSpec
 from .types import IndexType, Refine
 
 __all__ = [
+    "KMEANS_GRAPH_LISTS",
     "Estimate",
     "FactoryParts",
     "FragmentState",
@@ -26,6 +27,7 @@ __all__ = [
     "RowCost",
     "encode_peak_bytes",
     "estimate",
+    "kmeans_compared",
     "plan_tasks",
     "resolve_spec",
     "sample_rows",
@@ -71,8 +73,9 @@ _DRIVER_BYTES_PER_SECOND = 1.0e9
 # A coordinate of a centroid goes out as float32, and comes back as a float64 sum.
 _COORDINATE_BYTES = 4 + 8
 
-# A graph finds the nearest of very many centroids in the time in which a row is compared with about so many: measured
-# as 18,000 with 32,768 centroids, and as 25,000 with 65,536.
+# k-means finds the nearest of so many centroids, and more, through a graph. A row then takes as long as it does to be
+# compared with about so many: measured as 18,000 with 32,768 centroids, and as 25,000 with 65,536.
+KMEANS_GRAPH_LISTS = 32_768
 _GRAPH_COMPARED = 20_000
 _PQ_ITERATIONS = 25
 
@@ -330,12 +333,17 @@ def training_parts(
     core_macs_per_second, driver_bytes_per_second : float
         Multiply-adds of a core, and what the driver sends and receives.
     """
-    compared = min(lists, _GRAPH_COMPARED) / lists if lists else 1.0
+    compared = kmeans_compared(lists) / lists if lists else 1.0
     best = math.sqrt(
         sample * compared * driver_bytes_per_second / (_COORDINATE_BYTES * core_macs_per_second * max(threads, 1))
     )
     holding = -(-sample // max(sample_rows_fitting(dim, budget_bytes), 1))
     return max(1, min(workers, max(holding, round(best))))
+
+
+def kmeans_compared(lists: int) -> int:
+    """Return with how many of so many centroids a row could be compared while k-means finds the nearest."""
+    return lists if lists < KMEANS_GRAPH_LISTS else _GRAPH_COMPARED
 
 
 def encode_peak_bytes(cost: RowCost, rows: int) -> int:

@@ -20,6 +20,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from ..plan import KMEANS_GRAPH_LISTS
 from ..types import Float32Array, Int64Array
 
 __all__ = [
@@ -52,10 +53,10 @@ _SORT_ROWS = 65_536
 _SUM_ROWS = 512
 _SUM_DIMS = 128
 
-# Graph over the centroids, from this many on. Per row of 128 dimensions and one core: 96 us by comparing, 53 us through
-# the graph with 32,768 centroids, 184 us and 71 us with 65,536 (and 2 s or 5 s to build it, each iteration); with
-# 8,192 the graph is slower. The k-means ends .3 % worse (4,096 centroids, 65,536 rows); half the width makes it .8 %.
-_GRAPH_LISTS = 32_768
+# Graph over the centroids, from KMEANS_GRAPH_LISTS on. Per row of 128 dimensions and one core: 96 us by comparing, 53
+# us through the graph with 32,768 centroids, 184 us and 71 us with 65,536 (and 2 s or 5 s to build it, each iteration);
+# with 8,192 the graph is slower. The k-means ends .3 % worse (4,096 centroids, 65,536 rows); half the width makes it
+# .8 %.
 _GRAPH_LINKS = 16
 _GRAPH_WIDTH = 32
 
@@ -114,7 +115,7 @@ class KMeansPlan:
 
         Not for inner products of centroids of any length, where a graph misleads.
         """
-        return self.lists >= _GRAPH_LISTS and (self.spherical or not self.similarity)
+        return self.lists >= KMEANS_GRAPH_LISTS and (self.spherical or not self.similarity)
 
     def rows(self, total: int) -> int:
         """Return how many of so many rows are used."""
